@@ -1,0 +1,69 @@
+"""``file``: a regular file or block device, the layer that most stacks stand on.
+
+::
+
+    file ──> open file        every byte lives in the file where it lives in the layer
+
+The configuration names the path; a file that an *image* names is opened by its format through the opener.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from nbdserver.errors import RequestError
+from nbdserver.extent import Extent, Intent, OpenFile
+from nbdserver.layer import Layer, Opener
+
+
+@dataclasses.dataclass(eq=False)
+class File(Layer):
+    #: Where the file is.
+    path: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._file: OpenFile | None = None
+
+    def open(self, opener: Opener) -> None:
+        self._file = opener.file(self.path, read_only=opener.read_only)
+
+    def close(self) -> None:
+        if self._file is not None and self._opener is not None:
+            self._opener.release(self._file)
+        self._file = None
+
+    @property
+    def open_file(self) -> OpenFile:
+        """The file; asserts that the layer is open."""
+        assert self._file is not None, f"{self.path} is not open"
+        return self._file
+
+    @property
+    def size(self) -> int:
+        return self.open_file.size
+
+    @property
+    def read_only(self) -> bool:
+        return self.open_file.read_only
+
+    @property
+    def filename(self) -> str:
+        return self.path
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
+        file = self.open_file
+        return (Extent(file.size - offset, file, offset, writable=not file.read_only),)
+
+    def flush(self) -> None:
+        self.open_file.sync()
+
+    def resize(self, size: int) -> None:
+        before = self.size
+        try:
+            self.open_file.resize(size)
+        except OSError as error:
+            raise RequestError.of(error) from error
+        if size < before:
+            self.changed(size, before - size)

@@ -1,0 +1,121 @@
+"""qcow2 on disk: structures and bits, no logic.
+
+Specification: QEMU's ``docs/interop/qcow2.rst``, "Qcow2 Image File Format"; the sections are named below. All numbers
+are big-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+# -- Header ----------------------------------------------------------------------------------------------------------
+
+MAGIC: Final = 0x514649FB  # "QFI\xfb"
+
+
+class HeaderFields(NamedTuple):
+    """The header through ``snapshots_offset``: all of a version 2 header."""
+
+    magic: int
+    version: int
+    backing_file_offset: int
+    backing_file_size: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_size: int
+    l1_table_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    nb_snapshots: int
+    snapshots_offset: int
+
+
+class HeaderFields3(NamedTuple):
+    """What version 3 adds."""
+
+    incompatible_features: int
+    compatible_features: int
+    autoclear_features: int
+    refcount_order: int
+    header_length: int
+
+
+HEADER: Final = struct.Struct(">IIQIIQIIQQIIQ")
+HEADER3: Final = struct.Struct(">QQQII")
+HEADER_LENGTH_2: Final = 72
+HEADER_LENGTH_3_MIN: Final = 104
+
+#: Offsets in the file of what is rewritten in place; each lies within the first 512-byte sector.
+REFCOUNT_TABLE_AT: Final = 48
+AUTOCLEAR_AT: Final = 88
+COMPRESSION_TYPE_AT: Final = 104
+
+#: ``refcount_table_offset`` and ``refcount_table_clusters``, which change together.
+REFCOUNT_TABLE_FIELDS: Final = struct.Struct(">QI")
+AUTOCLEAR_FIELD: Final = struct.Struct(">Q")
+
+CRYPT_METHODS: Final = {1: "AES", 2: "LUKS"}
+
+INCOMPATIBLE_DIRTY: Final = 1 << 0
+INCOMPATIBLE_CORRUPT: Final = 1 << 1
+INCOMPATIBLE_DATA_FILE: Final = 1 << 2
+INCOMPATIBLE_COMPRESSION: Final = 1 << 3
+INCOMPATIBLE_EXTENDED_L2: Final = 1 << 4
+
+AUTOCLEAR_BITMAPS: Final = 1 << 0
+
+COMPRESSION_ZLIB: Final = 0
+COMPRESSION_ZSTD: Final = 1
+
+# -- Header extensions -------------------------------------------------------------------------------------------------
+
+EXTENSION: Final = struct.Struct(">II")
+EXTENSION_END: Final = 0
+EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+EXTENSION_FEATURE_NAMES: Final = 0x6803F857
+EXTENSION_BITMAPS: Final = 0x23852875
+EXTENSION_DATA_FILE: Final = 0x44415441
+
+#: Feature name table entry: type, bit number, name.
+FEATURE_NAME: Final = struct.Struct(">BB46s")
+FEATURE_INCOMPATIBLE: Final = 0
+
+# -- Host cluster management -------------------------------------------------------------------------------------------
+
+REFCOUNT_TABLE_RESERVED: Final = 0x1FF
+
+# -- Cluster mapping ---------------------------------------------------------------------------------------------------
+
+COPIED: Final = 1 << 63
+COMPRESSED: Final = 1 << 62
+ZERO: Final = 1
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+L1_RESERVED: Final = 0x7F00_0000_0000_01FF
+L2_RESERVED: Final = 0x3F00_0000_0000_01FE
+
+#: The first offset that neither an L1 nor an L2 entry can name.
+OFFSET_END: Final = 1 << 56
+
+#: The unit in which compressed data is measured.
+COMPRESSED_SECTOR: Final = 512
+
+# -- Snapshots ---------------------------------------------------------------------------------------------------------
+
+
+class SnapshotFields(NamedTuple):
+    """The fixed part of a snapshot table entry; extra data, ID and name follow, padded to 8 bytes."""
+
+    l1_table_offset: int
+    l1_size: int
+    id_size: int
+    name_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    extra_data_size: int
+
+
+SNAPSHOT: Final = struct.Struct(">QIHHIIQII")

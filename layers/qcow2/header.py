@@ -1,0 +1,271 @@
+"""The header: parsed, and believed only as far as it can be checked.
+
+`read_header` takes what every open needs; `check_writable` says why an image may be read but not written.
+Specification: "Header", "Header extensions", "Feature name table".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from layers.ondisk.qcow2 import (
+    AUTOCLEAR_BITMAPS,
+    COMPRESSION_TYPE_AT,
+    COMPRESSION_ZLIB,
+    COMPRESSION_ZSTD,
+    CRYPT_METHODS,
+    EXTENSION,
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_BITMAPS,
+    EXTENSION_DATA_FILE,
+    EXTENSION_END,
+    EXTENSION_FEATURE_NAMES,
+    FEATURE_INCOMPATIBLE,
+    FEATURE_NAME,
+    HEADER,
+    HEADER3,
+    HEADER_LENGTH_2,
+    HEADER_LENGTH_3_MIN,
+    INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_EXTENDED_L2,
+    MAGIC,
+    HeaderFields,
+    HeaderFields3,
+)
+from layers.qcow2.clusters import Geometry
+from layers.qcow2.limits import (
+    BACKING_NAME_MAX,
+    CLUSTER_BITS_MAX,
+    CLUSTER_BITS_MIN,
+    L1_TABLE_MAX,
+    REFCOUNT_ORDER_MAX,
+    REFCOUNT_TABLE_MAX,
+    SNAPSHOTS_COUNT_MAX,
+)
+from nbdserver.errors import ImageError
+from nbdserver.layer import Layer
+from nbdserver.limits import DISK_MAX
+
+#: What is understood: images that use any other incompatible feature are refused.
+UNDERSTOOD = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says, every number in it bounded and every offset aligned and inside the file."""
+
+    version: int
+    geometry: Geometry
+    size: int
+    l1_offset: int
+    l1_count: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    snapshots_offset: int
+    snapshots_count: int
+    compression: int
+    incompatible: int = 0
+    autoclear: int = 0
+    backing_name: str | None = None
+    backing_format: str | None = None
+    extensions: dict[int, bytes] = field(default_factory=dict)
+
+
+def read_header(file: Layer) -> Header:
+    """Read and check the header of the image in ``file``. Raises ImageError, OSError."""
+    return _Parser(file).parse()
+
+
+def check_writable(header: Header, path: str | None) -> None:
+    """Raise ImageError if the image may be read but not written."""
+    if header.incompatible & INCOMPATIBLE_CORRUPT:
+        raise ImageError(
+            "is marked as corrupt and can only be opened read-only; repair it with qemu-img check -r all", path=path
+        )
+    if header.incompatible & INCOMPATIBLE_DIRTY:
+        raise ImageError(
+            "has the dirty bit set (lazy refcounts, not closed cleanly), so its refcounts need repair before it can "
+            "be written: open it read-only, or run qemu-img check -r all",
+            path=path,
+        )
+    if header.autoclear & AUTOCLEAR_BITMAPS and EXTENSION_BITMAPS in header.extensions:
+        # The format would let us write and drop the autoclear bit, and every bitmap with it: somebody's
+        # incremental backup. Who wants that can say so with qemu-img.
+        raise ImageError(
+            "has persistent bitmaps, which writing would make worthless: open it read-only, or remove them with "
+            "qemu-img bitmap --remove",
+            path=path,
+        )
+
+
+class _Parser:
+    def __init__(self, file: Layer) -> None:
+        self._file = file
+        self._path = file.filename
+        self._file_size = file.size
+        self._head = file.pread(0, min(HEADER.size + HEADER3.size + 8, self._file_size))
+
+    def parse(self) -> Header:
+        if len(self._head) < HEADER.size or int.from_bytes(self._head[:4], "big") != MAGIC:
+            self._refuse("is not a qcow2 image: wrong magic", 0, self._head[:4].hex() or "nothing", f"{MAGIC:08x}")
+        fields = HeaderFields._make(HEADER.unpack_from(self._head))
+        if fields.version not in (2, 3):
+            self._refuse("unsupported qcow2 version", 4, fields.version, "2 or 3")
+        if not CLUSTER_BITS_MIN <= fields.cluster_bits <= CLUSTER_BITS_MAX:
+            self._refuse("cluster_bits", 20, fields.cluster_bits, f"{CLUSTER_BITS_MIN} to {CLUSTER_BITS_MAX}")
+        fields3 = self._fields3(fields)
+        extensions_stop = self._check_backing_place(fields, fields3)
+        extensions = dict(self._extensions(fields3.header_length, extensions_stop))
+        self._check_features(fields, fields3, extensions)
+        self._check_encryption(fields)
+        geometry = Geometry(fields.cluster_bits, fields3.refcount_order, fields.version >= 3)
+        self._check_tables(fields, geometry)
+        backing_name, backing_format = self._backing(fields, extensions)
+        return Header(
+            version=fields.version,
+            geometry=geometry,
+            size=fields.size,
+            l1_offset=fields.l1_table_offset,
+            l1_count=fields.l1_size,
+            refcount_table_offset=fields.refcount_table_offset,
+            refcount_table_clusters=fields.refcount_table_clusters,
+            snapshots_offset=fields.snapshots_offset,
+            snapshots_count=fields.nb_snapshots,
+            compression=self._compression(fields, fields3),
+            incompatible=fields3.incompatible_features,
+            autoclear=fields3.autoclear_features,
+            backing_name=backing_name,
+            backing_format=backing_format,
+            extensions=extensions,
+        )
+
+    def _fields3(self, fields: HeaderFields) -> HeaderFields3:
+        if fields.version == 2:
+            return HeaderFields3(0, 0, 0, 4, HEADER_LENGTH_2)
+        if len(self._head) < HEADER_LENGTH_3_MIN:
+            self._refuse("header is cut off", None, self._file_size, f"at least {HEADER_LENGTH_3_MIN} bytes")
+        fields3 = HeaderFields3._make(HEADER3.unpack_from(self._head, HEADER.size))
+        cluster_size = 1 << fields.cluster_bits
+        length = fields3.header_length
+        if not HEADER_LENGTH_3_MIN <= length <= cluster_size or length % 8:
+            wanted = f"a multiple of 8 from {HEADER_LENGTH_3_MIN} to the cluster size, {cluster_size}"
+            self._refuse("header_length", 100, length, wanted)
+        if fields3.refcount_order > REFCOUNT_ORDER_MAX:
+            self._refuse("refcount_order", 96, fields3.refcount_order, f"at most {REFCOUNT_ORDER_MAX}")
+        return fields3
+
+    # -- header extensions ----------------------------------------------------------------------------------------
+
+    def _check_backing_place(self, fields: HeaderFields, fields3: HeaderFields3) -> int:
+        """Check where the backing file's name is; where the header extensions end at the latest."""
+        cluster_size = 1 << fields.cluster_bits
+        offset, length = fields.backing_file_offset, fields.backing_file_size
+        if not offset:
+            return cluster_size
+        if length > BACKING_NAME_MAX:
+            self._refuse("backing_file_size", 16, length, f"at most {BACKING_NAME_MAX}")
+        if not fields3.header_length <= offset <= cluster_size - length:
+            wanted = f"within the first cluster, {fields3.header_length} to {cluster_size - length}"
+            self._refuse("backing_file_offset", 8, offset, wanted)
+        return offset
+
+    def _extensions(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        area = self._file.pread(start, max(min(stop, self._file_size) - start, 0))
+        at = 0
+        while at + EXTENSION.size <= len(area):
+            kind, length = EXTENSION.unpack_from(area, at)
+            if kind == EXTENSION_END:
+                return
+            at += EXTENSION.size
+            if length > len(area) - at:
+                name = f"header extension {kind:#010x}: length"
+                self._refuse(name, start + at - 4, length, f"at most the {len(area) - at} bytes left")
+            yield kind, area[at : at + length]
+            at += -(-length // 8) * 8
+
+    def _backing(self, fields: HeaderFields, extensions: dict[int, bytes]) -> tuple[str | None, str | None]:
+        """(name, format) of the backing file that the header names."""
+        if not fields.backing_file_offset or not fields.backing_file_size:
+            return None, None
+        name = self._file.pread(fields.backing_file_offset, fields.backing_file_size)
+        format = extensions.get(EXTENSION_BACKING_FORMAT, b"").decode("ascii", "backslashreplace")
+        return os.fsdecode(name), format or None
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    def _check_features(self, fields: HeaderFields, fields3: HeaderFields3, extensions: dict[int, bytes]) -> None:
+        incompatible = fields3.incompatible_features
+        if incompatible & INCOMPATIBLE_EXTENDED_L2:
+            self._refuse("uses extended L2 entries (subclusters), which are not supported")
+        if incompatible & INCOMPATIBLE_DATA_FILE:
+            name = extensions.get(EXTENSION_DATA_FILE)
+            named = f" ({os.fsdecode(name)!r})" if name else ""
+            self._refuse(f"uses an external data file{named}, which is not supported")
+        unknown = incompatible & ~UNDERSTOOD
+        if unknown:
+            names = dict(_feature_names(extensions.get(EXTENSION_FEATURE_NAMES, b"")))
+            bits = [bit for bit in range(64) if unknown >> bit & 1]
+            used = ", ".join(f"{names[bit]} (bit {bit})" if bit in names else f"bit {bit}" for bit in bits)
+            self._refuse(f"uses incompatible features that are not supported: {used}")
+
+    def _check_encryption(self, fields: HeaderFields) -> None:
+        if fields.crypt_method:
+            method = CRYPT_METHODS.get(fields.crypt_method, f"method {fields.crypt_method}")
+            self._refuse(f"is encrypted ({method}), which is not supported")
+
+    def _compression(self, fields: HeaderFields, fields3: HeaderFields3) -> int:
+        has_field = fields.version >= 3 and fields3.header_length > COMPRESSION_TYPE_AT
+        found = self._file.pread(COMPRESSION_TYPE_AT, 1)[0] if has_field else COMPRESSION_ZLIB
+        if found not in (COMPRESSION_ZLIB, COMPRESSION_ZSTD):
+            self._refuse("unsupported compression type", COMPRESSION_TYPE_AT, found, "0 (zlib) or 1 (zstd)")
+        if bool(found) != bool(fields3.incompatible_features & INCOMPATIBLE_COMPRESSION):
+            wanted = "not 0 if and only if incompatible feature bit 3 is set"
+            self._refuse("compression type", COMPRESSION_TYPE_AT, found, wanted)
+        return found
+
+    # -- tables ---------------------------------------------------------------------------------------------------------
+
+    def _check_tables(self, fields: HeaderFields, geometry: Geometry) -> None:
+        if fields.size > DISK_MAX:
+            self._refuse("virtual disk size", 24, fields.size, f"at most {DISK_MAX}")
+        needed = -(-geometry.clusters(fields.size) // geometry.l2_entries)
+        if not needed <= fields.l1_size <= L1_TABLE_MAX // 8:
+            wanted = f"{needed} (for a disk of {fields.size} bytes) to {L1_TABLE_MAX // 8}"
+            self._refuse("l1_size", 36, fields.l1_size, wanted)
+        self._check_place("L1 table", 40, fields.l1_table_offset, fields.l1_size * 8, geometry)
+        clusters_max = REFCOUNT_TABLE_MAX // geometry.cluster_size
+        if not 1 <= fields.refcount_table_clusters <= clusters_max:
+            self._refuse("refcount_table_clusters", 56, fields.refcount_table_clusters, f"1 to {clusters_max}")
+        length = fields.refcount_table_clusters * geometry.cluster_size
+        self._check_place("refcount table", 48, fields.refcount_table_offset, length, geometry)
+        if fields.nb_snapshots > SNAPSHOTS_COUNT_MAX:
+            self._refuse("nb_snapshots", 60, fields.nb_snapshots, f"at most {SNAPSHOTS_COUNT_MAX}")
+        self._check_place("snapshot table", 64, fields.snapshots_offset, fields.nb_snapshots * 40, geometry)
+
+    def _check_place(self, what: str, at: int, offset: int, length: int, geometry: Geometry) -> None:
+        if not length:
+            return
+        if not offset or offset % geometry.cluster_size:
+            self._refuse(f"{what}: its place", at, f"{offset:#x}", f"a multiple of {geometry.cluster_size}, not 0")
+        # The last cluster of a file may be cut off behind what it is used for.
+        end = -(-self._file_size // geometry.cluster_size) * geometry.cluster_size
+        if offset > end - length:
+            found = f"{offset:#x} to {offset + length:#x}"
+            self._refuse(f"{what}: its place", at, found, f"within the file, which ends at {self._file_size:#x}")
+
+    def _refuse(self, message: str, offset: int | None = None, found: object = None, wanted: object = None) -> NoReturn:
+        raise ImageError(message, path=self._path, offset=offset, found=found, wanted=wanted)
+
+
+def _feature_names(table: bytes) -> Iterator[tuple[int, str]]:
+    for at in range(0, len(table) - FEATURE_NAME.size + 1, FEATURE_NAME.size):
+        kind, bit, name = FEATURE_NAME.unpack_from(table, at)
+        if kind == FEATURE_INCOMPATIBLE:
+            text = name.rstrip(b"\0").decode("utf-8", "replace")
+            yield bit, "".join(c if c.isprintable() else "?" for c in text)

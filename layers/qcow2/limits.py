@@ -1,0 +1,53 @@
+"""Bounds on what is believed of a qcow2 image, and on what is held in memory for one. Bytes unless the suffix says."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdserver.limits import KIB, MIB
+
+#: The format's least cluster size, and the greatest that QEMU can open.
+CLUSTER_BITS_MIN: Final = 9
+CLUSTER_BITS_MAX: Final = 21
+
+#: Refcounts are at most 64 bits wide.
+REFCOUNT_ORDER_MAX: Final = 6
+
+#: The specification's bound on a backing file's name.
+BACKING_NAME_MAX: Final = 1023
+
+#: QEMU's QCOW_MAX_L1_SIZE: enough for 2 PiB at 64 KiB clusters. What QEMU cannot open we neither read nor make.
+L1_TABLE_MAX: Final = 32 * MIB
+
+#: QEMU's QCOW_MAX_REFTABLE_SIZE: enough for 2 PiB at 64 KiB clusters.
+REFCOUNT_TABLE_MAX: Final = 8 * MIB
+
+#: QEMU's QCOW_MAX_SNAPSHOTS, QCOW_MAX_SNAPSHOTS_SIZE and QCOW_MAX_SNAPSHOT_EXTRA_DATA.
+SNAPSHOTS_COUNT_MAX: Final = 65536
+SNAPSHOT_TABLE_MAX: Final = 64 * MIB
+SNAPSHOT_EXTRA_DATA_MAX: Final = 1024
+
+#: QEMU's DEFAULT_L2_CACHE_MAX_SIZE: maps 256 GiB at 64 KiB clusters.
+L2_CACHE_DEFAULT: Final = 32 * MIB
+
+#: Counts 256 GiB at 64 KiB clusters and 16 bits.
+REFCOUNT_CACHE_DEFAULT: Final = 8 * MIB
+
+#: The fewest tables a cache is of use with: an old and a new L2 table; the blocks that one growth touches.
+CACHED_COUNT_MIN: Final = 4
+
+#: Freed places that wait to be reusable; so many, and the metadata is written back to set them free.
+FREED_COUNT_MAX: Final = 65536
+
+#: Runs of free clusters that are remembered behind the allocation cursor; past that it goes back and looks again.
+FREE_RUNS_COUNT_MAX: Final = 16384
+
+#: Zeroes around the data of a partly written cluster: up to this many are written along with it, more of them are
+#: zeroed by the file, which keeps large clusters sparse.
+ZEROES_INLINE_MAX: Final = 64 * KIB
+
+#: Decompressed clusters that are kept, for readers that go through one in small steps.
+DECOMPRESSED_KEPT_MAX: Final = 4 * MIB
+
+#: A zstd frame's window: what RFC 8878 recommends decoders to support, and no cluster needs more than its own size.
+ZSTD_WINDOW_MAX: Final = 8 * MIB

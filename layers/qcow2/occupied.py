@@ -1,0 +1,39 @@
+"""Which clusters hold metadata: the overlap check, against images whose refcounts or mappings lie.
+
+What is known without reading the whole image: header, L1 table, L2 tables that it names, refcount table and blocks,
+snapshot table and the snapshots' L1 tables (as QEMU's ``overlap-check=cached``).
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+
+
+class Occupied:
+    """An ordered set of cluster numbers."""
+
+    def __init__(self) -> None:
+        self._clusters = array("Q")
+
+    def fill(self, clusters: list[int]) -> int | None:
+        """Take all of these at once; the first that occurs twice, if any does."""
+        clusters.sort()
+        self._clusters = array("Q", clusters)
+        return next((here for here, after in zip(clusters, clusters[1:], strict=False) if here == after), None)
+
+    def add(self, start: int, count: int = 1) -> None:
+        """Add ``count`` clusters, none of which is in the set."""
+        at = bisect_left(self._clusters, start)
+        self._clusters[at:at] = array("Q", range(start, start + count))
+
+    def remove(self, cluster: int) -> None:
+        """Take a cluster out if it is in."""
+        at = bisect_left(self._clusters, cluster)
+        if at < len(self._clusters) and self._clusters[at] == cluster:
+            del self._clusters[at]
+
+    def overlaps(self, start: int, count: int = 1) -> bool:
+        """Whether any of ``count`` clusters from ``start`` is in the set."""
+        at = bisect_left(self._clusters, start)
+        return at < len(self._clusters) and self._clusters[at] < start + count

@@ -1,0 +1,212 @@
+"""The engine: it moves bytes. Written in Rust (nbdserver/engine); used by nbdserver.server alone."""
+
+from collections.abc import Sequence
+from typing import final
+
+from nbdserver.request import Vector
+
+@final
+class Slot:
+    """Memory of the buffer pool, or ordinary memory when that is used up. Has the buffer protocol, writable."""
+
+    @property
+    def view(self) -> memoryview: ...
+    @property
+    def registration(self) -> tuple[int, int, int] | None:
+        """(pool, slot, generation) while it is a live slot of a registered pool."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
+class Use:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class File:
+    """`nbdserver.extent.OpenFile`. Every method releases the GIL while it works; errors are OSError."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    def read(self, offset: int, vector: Vector) -> None: ...
+    def write(self, offset: int, vector: Vector) -> None: ...
+    def zero(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def sync(self) -> None: ...
+    def resize(self, size: int) -> None: ...
+    def status(self, offset: int, length: int) -> list[tuple[int, bool]]: ...
+    def use(self, offset: int, length: int) -> Use: ...
+    def wait_unused(self, offset: int, length: int) -> None: ...
+    def in_use(self, offset: int, length: int) -> bool:
+        """Whether any I/O or use is on the range now."""
+
+    def close(self) -> None:
+        """Wait for running I/O and let the descriptor go."""
+
+    def counters(self) -> dict[str, int]:
+        """reads, writes, syncs; of the reads and writes, ``fixed`` ones on registered buffers and ``plain`` ones."""
+
+@final
+class DirtyLog:
+    """Which granules of an export have been written: marked when a write has completed, before it is answered."""
+
+    def take(self) -> list[tuple[int, int]]:
+        """The dirty (offset, length) ranges in order; clean from now on."""
+
+    def close(self) -> None: ...
+
+@final
+class Export:
+    """The engine's view of an export: its size and the cache of where its bytes live."""
+
+    @property
+    def id(self) -> int: ...
+    size: int
+    @property
+    def sequence(self) -> int:
+        """How many changes there have been: to be read before resolving, and given to `fill`."""
+
+    def fill(self, sequence: int, offset: int, leaves: Sequence[tuple[int, File | int, int, bool]]) -> bool:
+        """Enter (length, target, offset, writable) extents, contiguous from ``offset``; a target is a file, 0 for
+        ZERO, or 1 for CODE. What has changed since ``sequence`` is left out; False if nothing was entered."""
+
+    def changed(self, offset: int, length: int) -> None:
+        """Drop the range, and number the change. Afterwards no new I/O begins on the old place. Never waits."""
+
+    def clear(self) -> None:
+        """Forget every extent (they are resolved again when needed)."""
+
+    def drain_begin(self, timeout: float) -> bool:
+        """Hold new requests up and wait (seconds) until none runs. False: they did not end, and nothing is held."""
+
+    def drain_end(self) -> None: ...
+    def dirty_log(self, granularity: int) -> DirtyLog:
+        """Begin a dirty log; ``granularity`` in bytes, a power of two."""
+
+    def counters(self) -> dict[str, int]: ...
+
+@final
+class Fault:
+    """A request that needs Python. ``kind`` says what is wanted of ``range``:
+
+    resolve   `Export.fill` with ``sequence``, then `again`
+    write     the same, if a prefix can be written in place; or write a prefix, then `done`
+    read, zero, trim, flush    carry it out, then `done`
+    status    `status` answers it
+
+    `fail` answers at any point. A fault that is dropped unanswered is answered with EIO.
+    """
+
+    @property
+    def export(self) -> int: ...
+    @property
+    def flags(self) -> int:
+        """The request's flags, as on the wire."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def range(self) -> tuple[int, int]: ...
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def contexts(self) -> list[tuple[int, str]]: ...
+    def segments(self, offset: int, length: int) -> list[tuple[Slot, int, int]]:
+        """The request's memory for a range of the export, as (slot, start, length)."""
+
+    def again(self) -> bool:
+        """Go on after filling. True: another step is wanted, see ``kind``. False: it has been answered."""
+
+    def done(self, length: int) -> bool:
+        """Go on, ``length`` bytes of the step being done; as `again`."""
+
+    def fail(self, errno: int, message: str) -> None: ...
+    def status(self, contexts: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+        """Answer a status request: per context (identifier, [(length, flags), ...])."""
+
+@final
+class Event:
+    """What a connection in its handshake has sent. ``kind``: open (see ``peer``), flags (``code``), option (``code``,
+    ``data``), oversized (``code``, ``length``; the data is gone), closed. After flags, option and oversized exactly one
+    of `next`, `begin` and `end` is due."""
+
+    @property
+    def connection(self) -> tuple[int, int]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def peer(self) -> str | None: ...
+    @property
+    def code(self) -> int: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def length(self) -> int: ...
+    def next(self, data: bytes) -> None:
+        """Send ``data`` and take the next option."""
+
+    def begin(self, data: bytes, export: Export, structured: bool, contexts: Sequence[tuple[int, str]]) -> None:
+        """Send ``data`` and begin the transmission phase."""
+
+    def end(self, data: bytes) -> None:
+        """Send ``data`` and close."""
+
+@final
+class Engine:
+    def __new__(
+        cls,
+        *,
+        workers: int,
+        pool: int,
+        backend: str,
+        fault_threads: int,
+        handshake_timeout: float,
+        record: str | None = None,
+    ) -> Engine: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def refused(self) -> str | None:
+        """Why the backend is "threads", or None."""
+
+    @property
+    def connections(self) -> int: ...
+    @property
+    def pool_free(self) -> int: ...
+    @property
+    def pool_size(self) -> int: ...
+    def open_file(self, fd: int, name: str, read_only: bool) -> File:
+        """Take over a descriptor."""
+
+    def new_export(self, size: int, read_only: bool) -> Export: ...
+    def allocate(self, length: int) -> list[Slot]:
+        """Memory for a bounced request; its contents are undefined. OSError ENOMEM when even the reserve is gone."""
+
+    def start(self, listeners: Sequence[int]) -> None:
+        """Start the workers; take over the listening descriptors (non-blocking) and accept on them."""
+
+    def stop(self, timeout: float) -> None:
+        """Finish what was accepted, for ``timeout`` seconds at most, and end every thread and queue."""
+
+    def take_fault(self) -> Fault | None:
+        """Wait for a fault; None when the engine has stopped."""
+
+    def take_event(self) -> Event | None: ...
+
+@final
+class Stop:
+    """A thread held at a named point of the engine: for deterministic tests. Dropping it releases the thread."""
+
+    def wait_reached(self, timeout: float) -> bool: ...
+    def release(self) -> None: ...
+
+def stop_at(name: str) -> Stop:
+    """Hold the next thread that reaches the point ``name``."""

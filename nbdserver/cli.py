@@ -1,0 +1,501 @@
+"""The command line: ``nbdserver serve``, ``check-config``, ``list`` and ``layers``.
+
+Exit status: 0 when all went well, 1 when something cannot be served (one line on stderr says what), 2 for wrong
+usage. What a program may want to read goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import queue
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import click
+
+import nbdserver
+from nbdserver import client, config, registry, uri
+from nbdserver.config import Config, ExportConfig
+from nbdserver.errors import ConfigError, NbdserverError
+from nbdserver.files import FileOpener, Files
+from nbdserver.graph import Graph
+from nbdserver.layer import Layer
+
+if TYPE_CHECKING:
+    from nbdserver.server import Server
+
+#: The configuration that is served when nothing is named.
+CONFIG_DEFAULT: Final = "exports.toml"
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _Failure(click.ClickException):
+    """Prints one line and exits with 1."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"nbdserver: {self.message}", file=file, err=True)
+
+
+class _Commands(click.Group):
+    """Turns what may go wrong in the world into one line."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise  # Whoever read our output has had enough: click ends quietly.
+        except (NbdserverError, OSError) as error:
+            raise _Failure(str(error)) from error
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        text = str(value)
+        try:
+            return config.size(int(text) if text.isdecimal() else text, config.POOL_MIN, config.POOL_MAX)
+        except ValueError as error:
+            self.fail(f"found {text!r}, allowed is {error}", parameter, context)
+
+
+def _check_listen(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(str(uri.parse_listen(address)) for address in value)
+    except ConfigError as error:
+        raise click.BadParameter(error.message, context, parameter) from error
+
+
+def _check_format(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        try:
+            registry.image("", value)
+        except NbdserverError as error:
+            raise click.BadParameter(getattr(error, "message", str(error)), context, parameter) from error
+    return value
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(nbdserver.__version__, prog_name="nbdserver")
+def main() -> None:
+    """Serve layered disk images over NBD, the Network Block Device protocol."""
+
+
+@main.command()
+@click.argument("sources", nargs=-1, metavar="[CONFIG.toml | IMAGE...]")
+@click.option(
+    "--listen",
+    "-l",
+    multiple=True,
+    metavar="URI",
+    callback=_check_listen,
+    help="Where to listen, as an NBD URI: nbd://HOST:PORT (port 0: any free one) or "
+    "nbd+unix:///?socket=PATH. May be given several times; replaces what the configuration says.  "
+    "[default: nbd://127.0.0.1:10809, reachable from this machine alone]",
+)
+@click.option(
+    "--format",
+    "-f",
+    metavar="FORMAT",
+    callback=_check_format,
+    help="The format of the images, such as qcow2 or raw.  [default: probed; what looks raw is then served read-only]",
+)
+@click.option("--read-only", "-r", is_flag=True, help="Serve everything read-only.")
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    metavar="DIR",
+    help="A directory in which images may name files (their backing files), besides their own. May be "
+    "given several times.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(config.BACKENDS),
+    help="How files are read and written.  [default: auto, which is io_uring where the system allows it]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, config.WORKERS_COUNT_MAX),
+    metavar="N",
+    help="Threads that serve connections.  [default: the engine decides, by the number of cores]",
+)
+@click.option("--pool", type=_Size(), metavar="SIZE", help="Memory for payloads, such as 256M.  [default: 128M]")
+@click.option(
+    "--record",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Record every write, zero, discard and sync of every file there, for crash tests.",
+)
+@click.option(
+    "--pid-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Write the process id there once connections are accepted; removed at the end.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help='Once connections are accepted, print one line of JSON rather than a URI a line and "ready".',
+)
+@click.option("--verbose", "-v", is_flag=True, help="Log each export at the start, and the counters at the end.")
+@click.option("--quiet", "-q", is_flag=True, help="Log nothing but errors.")
+def serve(
+    sources: tuple[str, ...],
+    listen: tuple[str, ...],
+    format: str | None,
+    read_only: bool,
+    roots: tuple[str, ...],
+    backend: str | None,
+    workers: int | None,
+    pool: int | None,
+    record: str | None,
+    pid_file: str | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Serve the exports of CONFIG.toml, or IMAGEs.
+
+    An image is exported under its file name, and a single one also as the default export (the empty name). With
+    nothing named, exports.toml is served.
+
+    Prints the URI of each export, and "ready" when connections are accepted. SIGTERM or SIGINT stops: what was
+    accepted is finished first, a second signal ends it at once. SIGUSR1 prints the counters on stderr, one line of
+    JSON.
+
+    \b
+    Examples:
+      nbdserver serve vm.qcow2
+      nbdserver serve --format raw --listen 'nbd+unix:///?socket=/run/nbd.sock' /dev/vg0/disk
+      nbdserver serve exports.toml
+    """
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet contradict each other")
+    wanted = _configured(sources, format, read_only or None)
+    options = {"backend": backend, "workers": workers, "pool": pool, "record": record}
+    engine = dataclasses.replace(wanted.engine, **{key: value for key, value in options.items() if value is not None})
+    wanted = dataclasses.replace(
+        wanted,
+        listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
+        roots=(*wanted.roots, *roots),
+        engine=engine,
+    )
+    _Service(wanted, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
+
+
+@main.command("check-config")
+@click.argument("file", metavar="CONFIG.toml")
+@click.option("--open", "is_open", is_flag=True, help="Open every image too, read-only.")
+def check_config(file: str, is_open: bool) -> None:
+    """Check a configuration: its keys, addresses and layers.
+
+    Opens no image, unless asked to.
+    """
+    wanted = config.load(file)
+    if is_open:
+        _require(_examine(wanted))
+    count = len(wanted.exports)
+    click.echo(f"{file}: {count} {'export' if count == 1 else 'exports'}, no errors")
+
+
+@main.command("list")
+@click.argument("source", metavar="[CONFIG.toml | URI]", default=CONFIG_DEFAULT)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(source: str, as_json: bool) -> None:
+    """List the exports of a configuration, or of a running server.
+
+    The images of a configuration are opened, read-only, to see how large they are. A URI may name one export.
+    """
+    is_uri = "://" in source or source.startswith("nbd+unix:")
+    rows = _remote(uri.parse(source)) if is_uri else _examine(config.load(source))
+    if as_json:
+        click.echo(json.dumps({"exports": rows}, indent=2))
+    else:
+        for row in rows:
+            click.echo(_in_words(row))
+    _require(rows)
+
+
+@main.command("layers")
+def layers_() -> None:
+    """Describe the layers there are, and their keys in a configuration."""
+    for name in registry.names():
+        try:
+            cls = registry.layer_type(name)
+        except (NbdserverError, ImportError) as error:
+            click.echo(f"{name}: cannot be used: {error}\n")
+            continue
+        click.echo(f"{name}: {_summary(cls)}")
+        docs = _key_docs(cls)
+        for field in dataclasses.fields(cls):
+            if field.init:
+                default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
+                click.echo(f"    {field.name.replace('_', '-')}: {docs.get(field.name, '')}{default}")
+        click.echo()
+
+
+# -- serving -------------------------------------------------------------------------------------------------------
+
+
+def _configured(sources: Sequence[str], format: str | None, read_only: bool | None) -> Config:
+    """What the arguments of ``serve`` name, read-only if so wished. Raises ConfigError, click.UsageError."""
+    if not sources:
+        if not os.path.exists(CONFIG_DEFAULT):
+            raise click.UsageError(f"name a configuration or images (there is no {CONFIG_DEFAULT} here)")
+        sources = (CONFIG_DEFAULT,)
+    if not any(source.endswith(".toml") for source in sources):
+        return config.of_images(sources, format=format, read_only=read_only)
+    if len(sources) > 1:
+        raise click.UsageError("name one configuration, or images: not several, not both")
+    if format is not None:
+        raise click.UsageError("--format is for images; a configuration says each export's format itself")
+    wanted = config.load(sources[0])
+    if read_only:
+        exports = tuple(dataclasses.replace(export, read_only=True) for export in wanted.exports)
+        wanted = dataclasses.replace(wanted, exports=exports)
+    return wanted
+
+
+class _Service:
+    """``serve`` from its start to its end."""
+
+    def __init__(self, wanted: Config, *, pid_file: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
+        self._config, self._pid_file = wanted, pid_file
+        self._as_json, self._is_verbose, self._is_quiet = as_json, verbose, quiet
+        self._served: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises ConfigError, ImageError, OSError."""
+        from nbdserver.server import Server
+
+        engine = self._config.engine
+        with _signals() as events:
+            server = Server(
+                listen=self._config.listen,
+                backend=engine.backend,
+                workers=engine.workers,
+                pool=engine.pool,
+                fault_threads=engine.fault_threads,
+                roots=self._config.roots,
+                record=engine.record,
+                log=self._log,
+            )
+            with contextlib.ExitStack() as ending:
+                ending.callback(_uninterrupted, server.stop)
+                for export in self._config.exports:
+                    self._export(server, export)
+                server.start()
+                self._announce(server.listening)
+                if self._pid_file is not None:
+                    ending.enter_context(_pid_file(self._pid_file))
+                self._wait(server, events)
+            if self._is_verbose:
+                _print_stats(server)
+
+    def _export(self, server: Server, export: ExportConfig) -> None:
+        layer, read_only = export.build()
+        if read_only and export.read_only is None:
+            self._log(
+                f"{export.image} was probed as raw and is served read-only; if it is a raw disk, say so: format raw"
+            )
+        with _placed(export):
+            server.export(
+                export.name, layer, read_only=read_only, description=export.description, default=export.default
+            )
+        read_only = read_only or layer.read_only
+        row = {"name": export.name, "size": layer.size, "format": layer.type, "read_only": read_only}
+        self._served.append({**row, "description": export.description, "default": export.default})
+        if self._is_verbose:
+            self._log(f"export {_in_words(self._served[-1])}")
+
+    def _announce(self, listening: Sequence[str]) -> None:
+        """Say on stdout where everything is."""
+        for row in self._served:
+            names = [row["name"], *([""] if row["default"] else [])]
+            row["uris"] = [str(uri.parse(address).with_export(name)) for name in names for address in listening]
+        if self._as_json:
+            click.echo(json.dumps({"pid": os.getpid(), "exports": self._served}))
+            return
+        for row in self._served:
+            for address in row["uris"]:
+                click.echo(address)
+        click.echo("ready")
+
+    def _wait(self, server: Server, events: queue.SimpleQueue[str]) -> None:
+        """Return when a signal, or the server itself, says that it is over."""
+
+        def wait() -> None:
+            server.wait()
+            events.put("stop")
+
+        threading.Thread(target=wait, name="wait", daemon=True).start()
+        while events.get() != "stop":
+            _print_stats(server)
+
+    def _log(self, message: str) -> None:
+        if not self._is_quiet:
+            click.echo(f"nbdserver: {message}", err=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[queue.SimpleQueue[str]]:
+    """Signals as a queue of "stop" and "stats". A second one to stop ends the process there and then."""
+    # A signal handler may interrupt anything, also a put on the same queue: SimpleQueue is made for that.
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    stopping = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(128 + number)
+        stopping = True
+        events.put("stop")
+
+    handlers: dict[int, Callable[[int, Any], None]] = {number: stop for number in STOP_SIGNALS}
+    handlers[signal.SIGUSR1] = lambda number, frame: events.put("stats")
+    # Who started us with SIGHUP ignored (nohup) wants it so.
+    chosen = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
+    try:
+        yield events
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _uninterrupted(action: Callable[[], object]) -> None:
+    """Run ``action``, which may block in the engine, on a thread: so that signals are still heard here."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="stop")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """The file exists, whole, for the time of the block."""
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "x") as file:
+        file.write(f"{os.getpid()}\n")
+    os.replace(temporary, path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def _placed(export: ExportConfig) -> Iterator[None]:
+    """A ConfigError from opening layers is told where in the configuration the export is."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.file is None and export.where.file is not None:
+            where = export.where
+            raise ConfigError(error.message, file=where.file, table=where.table, key=error.key) from error
+        raise
+
+
+def _print_stats(server: Server) -> None:
+    click.echo(json.dumps(server.stats()), err=True)
+
+
+# -- listing -------------------------------------------------------------------------------------------------------
+
+
+def _remote(address: uri.NbdUri) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(export) for export in client.list_exports(address)]
+
+
+def _examine(wanted: Config) -> list[dict[str, Any]]:
+    """A row for each export, its images opened read-only; with ``error`` for what cannot be opened."""
+    graph, files = Graph(), Files()
+    rows = []
+    for export in wanted.exports:
+        row: dict[str, Any] = {"name": export.name, "description": export.description, "default": export.default}
+        try:
+            with _placed(export):
+                layer, read_only = export.build()
+                with _opened(graph, layer, FileOpener(graph, files, roots=wanted.roots, read_only=True)):
+                    row |= {"size": layer.size, "format": layer.type, "read_only": read_only}
+        except (NbdserverError, OSError) as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def _opened(graph: Graph, layer: Layer, opener: FileOpener) -> Iterator[None]:
+    graph.open(layer, opener)
+    try:
+        yield
+    finally:
+        graph.close(layer)
+
+
+def _require(rows: Sequence[dict[str, Any]]) -> None:
+    """Fail, with each line, if any row is an error."""
+    errors = [f"{row['name']!r}: {row['error']}" for row in rows if "error" in row]
+    if errors:
+        raise _Failure("\nnbdserver: ".join(errors))
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    name = repr(row["name"])
+    if "error" in row:
+        return f"{name}: cannot be opened"
+    words = [row.get("format"), f"{row['size']} bytes", "read-only" if row["read_only"] else "writable"]
+    if row.get("default"):
+        words.append("the default export")
+    return f"{name}: {', '.join(filter(None, words))}" + (f": {row['description']}" if row["description"] else "")
+
+
+# -- describing layers ---------------------------------------------------------------------------------------------
+
+
+def _summary(cls: type[Layer]) -> str:
+    """The first line of the layer's documentation, without its name."""
+    module = inspect.getmodule(cls)
+    text = (cls.__dict__.get("__doc__") or "") if module is None else (module.__doc__ or "")
+    return re.sub(r"^``.*?``:\s*", "", text.strip().partition("\n")[0])
+
+
+def _key_docs(cls: type[Layer]) -> dict[str, str]:
+    """What the ``#:`` comments above a layer's fields say."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):
+        return {}
+    docs: dict[str, str] = {}
+    comment: list[str] = []
+    for line in map(str.strip, lines):
+        if line.startswith("#:"):
+            comment.append(line[2:].strip())
+            continue
+        field = re.match(r"(\w+)\s*:", line)
+        if field and comment:
+            docs[field[1]] = " ".join(comment)
+        comment = []
+    return docs

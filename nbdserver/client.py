@@ -1,0 +1,149 @@
+"""What another server exports: the handshake from the client's side, as far as LIST and INFO go.
+
+For ``nbdserver list URI``. Simple and blocking; it trusts the server no more than the server trusts its clients:
+every length is bounded, and nothing is waited for longer than a few seconds.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from nbdserver.errors import ProtocolError
+from nbdserver.handshake import REPLY_MAGIC, ClientFlag, Info, Option, ReplyType, TransmissionFlag
+from nbdserver.limits import STRING_MAX
+from nbdserver.uri import NbdUri
+
+GREETING_MAGIC: Final = b"NBDMAGIC"
+OPTION_MAGIC: Final = b"IHAVEOPT"
+
+#: How long to wait for a server that says nothing, seconds.
+TIMEOUT_S: Final = 10.0
+#: The largest reply: a name and a description, with the length between them.
+REPLY_MAX: Final = 4 + 2 * STRING_MAX
+#: Replies to one option: no server has more exports.
+REPLIES_COUNT_MAX: Final = 65536
+
+ERROR_BIT: Final = 1 << 31
+
+
+@dataclass(frozen=True)
+class RemoteExport:
+    """An export as its server describes it. ``size`` is bytes."""
+
+    name: str
+    size: int
+    read_only: bool
+    description: str
+
+
+def list_exports(address: NbdUri) -> list[RemoteExport]:
+    """All exports of the server, or the one that ``address`` names. Raises ProtocolError, OSError."""
+    with _connect(address) as connection:
+        client = _Client(connection)
+        listed = {address.export: ""} if address.export else client.list()
+        exports = [client.info(name, description) for name, description in listed.items()]
+        client.abort()
+        return exports
+
+
+def _connect(address: NbdUri) -> socket.socket:
+    if address.socket is None:
+        return socket.create_connection((address.host, address.port), TIMEOUT_S)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(TIMEOUT_S)
+    try:
+        connection.connect(address.socket)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class _Client:
+    """A connection in option haggling."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        greeting = self._receive(18)
+        if greeting[:8] != GREETING_MAGIC:
+            raise ProtocolError("this is no NBD server: its greeting is another")
+        if greeting[8:16] != OPTION_MAGIC or not greeting[17] & ClientFlag.FIXED_NEWSTYLE:
+            raise ProtocolError(
+                "the server does not speak the fixed newstyle handshake, and so cannot list its exports"
+            )
+        # The greeting's flags and the client's answer have the same bits.
+        known = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
+        connection.sendall(struct.pack(">I", greeting[17] & known))
+
+    def list(self) -> dict[str, str]:
+        """The exports' names and descriptions."""
+        found = {}
+        for reply_type, data in self._ask(Option.LIST, b""):
+            if reply_type != ReplyType.SERVER or len(data) < 4:
+                raise ProtocolError(f"the server answered LIST with a reply of type {reply_type:#x}")
+            end = 4 + int.from_bytes(data[:4])
+            if end > len(data):
+                raise ProtocolError("the server listed a name that is longer than the reply")
+            found[_text(data[4:end])] = _text(data[end:])
+        return found
+
+    def info(self, name: str, description: str) -> RemoteExport:
+        encoded = name.encode()
+        asked = struct.pack(">I", len(encoded)) + encoded + struct.pack(">HH", 1, Info.DESCRIPTION)
+        size, flags = None, TransmissionFlag(0)
+        for reply_type, data in self._ask(Option.INFO, asked):
+            kind = int.from_bytes(data[:2])
+            if reply_type == ReplyType.INFO and kind == Info.EXPORT and len(data) == 12:
+                size, bits = struct.unpack_from(">QH", data, 2)
+                flags = TransmissionFlag(bits)
+            elif reply_type == ReplyType.INFO and kind == Info.DESCRIPTION:
+                description = _text(data[2:])
+        if size is None:
+            raise ProtocolError(f"the server told nothing about the export {name!r}")
+        return RemoteExport(name, size, bool(flags & TransmissionFlag.READ_ONLY), description)
+
+    def abort(self) -> None:
+        """Say goodbye; a server that has left already is fine."""
+        try:
+            self._send(Option.ABORT, b"")
+            self._receive(20)
+        except (ProtocolError, OSError):
+            pass
+
+    def _ask(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The replies to an option, up to and without the ACK. Raises ProtocolError for an error reply."""
+        self._send(option, data)
+        for _ in range(REPLIES_COUNT_MAX):
+            magic, to, reply_type, length = struct.unpack(">QIII", self._receive(20))
+            if magic != REPLY_MAGIC or to != option or length > REPLY_MAX:
+                raise ProtocolError(f"the server answered option {option} with something that is no reply to it")
+            payload = self._receive(length)
+            if reply_type == ReplyType.ACK:
+                return
+            if reply_type & ERROR_BIT:
+                raise ProtocolError(f"the server refused option {option}: {_text(payload) or hex(reply_type)}")
+            yield reply_type, payload
+        raise ProtocolError(f"the server answered option {option} with more than {REPLIES_COUNT_MAX} replies")
+
+    def _send(self, option: int, data: bytes) -> None:
+        self._connection.sendall(OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)
+
+    def _receive(self, length: int) -> bytes:
+        received = b""
+        while len(received) < length:
+            piece = self._connection.recv(length - len(received))
+            if not piece:
+                raise ProtocolError("the server closed the connection")
+            received += piece
+        return received
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("the server sent a string that is not UTF-8") from None

@@ -1,0 +1,536 @@
+"""``exports.toml``: what is served, where, and how; read into frozen dataclasses.
+
+::
+
+    listen = ["nbd://127.0.0.1:10809"]       addresses, as NBD URIs
+    roots = ["/srv/images"]                  where images may name files (backing files)
+
+    [engine]                                 workers, pool, backend, fault_threads, record
+
+    [exports.vm]                             one image
+    image = "vm.qcow2"                       format, read_only, description, default
+
+    [exports.disk]                           or layers, from top to bottom
+    layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
+
+Relative paths (also of sockets and in layers: the key ``path``) are relative to the directory of the file.
+
+**Stacks.** A list of layers is a *stack*; each layer stands on the next one, which becomes its ``file`` child, or its
+first child if none is called so. A child may instead be given by its role, as a stack of its own::
+
+    layers = [{type = "qcow2", backing = [{type = "raw"}, {type = "file", path = "base.img"}]},
+              {type = "file", path = "top.qcow2"}]
+
+A layer with several children may also be followed by nested lists, one stack for each child, in the order of the
+layer's keys (a key that holds a list of children takes all that are left)::
+
+    layers = [{type = "qcow2"}, [{type = "file", path = "top.qcow2"}],
+                                [{type = "raw"}, {type = "file", path = "base.img"}]]
+
+**Images.** An image with no ``format`` is probed. One probed as raw is served read-only: a guest that may write its
+first bytes could make it look like another format the next time. ``format = "raw"`` says that raw is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from nbdserver import registry, uri
+from nbdserver.errors import ConfigError, ImageError
+from nbdserver.files import Files
+from nbdserver.handshake import encoded
+from nbdserver.layer import Layer
+from nbdserver.limits import FAULT_THREADS, MIB, PAYLOAD_MAX, POOL_DEFAULT, STRING_MAX, TIB
+from nbdserver.registry import NOWHERE, Where, _Unfit
+
+#: A longer file is no configuration; it is read into memory.
+CONFIG_FILE_MAX: Final = 4 * MIB
+#: What LIST answers must stay sendable: this many names and descriptions of STRING_MAX are 32 MiB.
+EXPORTS_COUNT_MAX: Final = 4096
+#: Addresses; each costs a descriptor.
+LISTEN_COUNT_MAX: Final = 64
+ROOTS_COUNT_MAX: Final = 1024
+#: Layers in one list, and lists in lists: more than anybody writes, less than Python's stack.
+LAYERS_COUNT_MAX: Final = 256
+NESTING_MAX: Final = 16
+#: Threads: more than any machine's cores, few enough to be started.
+WORKERS_COUNT_MAX: Final = 256
+FAULT_THREADS_MAX: Final = 256
+#: The pool must hold the largest payload; and no machine has more memory.
+POOL_MIN: Final = PAYLOAD_MAX
+POOL_MAX: Final = TIB
+
+BACKENDS: Final = ("auto", "io_uring", "threads")
+
+#: Where a server listens that is not told: this machine alone can reach it.
+LISTEN_DEFAULT: Final = f"nbd://127.0.0.1:{uri.PORT_DEFAULT}"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The table ``[engine]``. ``pool`` is bytes; ``workers`` None: the engine decides; ``record``: a directory."""
+
+    backend: str = "auto"
+    workers: int | None = None
+    pool: int = POOL_DEFAULT
+    fault_threads: int = FAULT_THREADS
+    record: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack.
+
+    ``read_only`` None: not said. ``default``: also served under the empty name. ``where``: for messages.
+    """
+
+    name: str
+    image: str | None = None
+    format: str | None = None
+    layers: Sequence[object] | None = None
+    read_only: bool | None = None
+    description: str = ""
+    default: bool = False
+    where: Where = NOWHERE
+
+    def build(self) -> tuple[Layer, bool]:
+        """New layers, not open yet, and whether to serve them read-only.
+
+        Probes an image that has no format, for which alone a file is opened. Raises ConfigError, ImageError.
+        """
+        if self.layers is not None:
+            return _Stacks(self._directory).build(self.layers, self.where), bool(self.read_only)
+        assert self.image is not None
+        format, read_only = self.format, bool(self.read_only)
+        if format is None:
+            format = Files().probe(self.image)
+            if format == "raw":
+                self._check_probed_raw()
+                read_only = True
+        return registry.image(self.image, format), read_only
+
+    def _check_probed_raw(self) -> None:
+        if self.read_only is False:
+            _refuse(
+                self.where,
+                "read_only",
+                f"found false, but {self.image} has no format and was probed as raw, which is served read-only: "
+                'a guest could make it look like another format. If it is a raw disk, say format = "raw"',
+            )
+
+    @property
+    def _directory(self) -> str:
+        return os.path.dirname(self.where.file or "")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration. ``listen`` may be empty: then LISTEN_DEFAULT is meant."""
+
+    exports: tuple[ExportConfig, ...]
+    listen: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    engine: EngineConfig = EngineConfig()
+
+
+def load(path: str) -> Config:
+    """Read and check ``path``; every layer is built once, to check its keys. Opens no image. Raises ConfigError."""
+    top = _Table(_read(path), Where(path), ("listen", "roots", "engine", "exports"))
+    directory = os.path.dirname(path)
+    listen = top.texts("listen", LISTEN_COUNT_MAX)
+    exports = tuple(_exports(top.tables("exports", EXPORTS_COUNT_MAX), path))
+    if not exports:
+        raise ConfigError(
+            'exports nothing; an export is a table such as [exports.vm] with image = "vm.qcow2"', file=path
+        )
+    _check_names(exports)
+    return Config(
+        exports,
+        tuple(_listen(address, directory, path) for address in listen),
+        tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
+        _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory),
+    )
+
+
+def of_images(paths: Sequence[str], *, format: str | None = None, read_only: bool | None = None) -> Config:
+    """Each image under its file name; a single one is the default export too. Raises ConfigError."""
+    exports: dict[str, ExportConfig] = {}
+    for path in paths:
+        name = os.path.basename(path)
+        if not name:
+            raise ConfigError(f"{path!r} is no image: it ends with a slash")
+        if name in exports:
+            raise ConfigError(
+                f"{exports[name].image} and {path} are both called {name}: export them under different names, "
+                "in a configuration file"
+            )
+        exports[name] = ExportConfig(name, path, format, read_only=read_only, default=len(paths) == 1)
+        _check_string(name, Where(path), "the file's name")
+    _check_count(len(exports), EXPORTS_COUNT_MAX, NOWHERE, "images")
+    return Config(tuple(exports.values()))
+
+
+def _read(path: str) -> dict[str, object]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CONFIG_FILE_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path) from error
+    except ValueError as error:
+        raise ConfigError(f"is no path: {error}", file=repr(path)) from error
+    if len(data) > CONFIG_FILE_MAX:
+        raise ConfigError(f"is longer than {CONFIG_FILE_MAX} bytes, which is no configuration", file=path)
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8: {error.reason} at byte {error.start}", file=path) from error
+    except ValueError as error:  # TOMLDecodeError is one; an integer of 5,000 digits another.
+        raise ConfigError(f"is not TOML: {error}", file=path) from error
+    except RecursionError:
+        raise ConfigError("is nested too deeply", file=path) from None
+
+
+def _engine(table: _Table, directory: str) -> EngineConfig:
+    record = table.text("record")
+    return EngineConfig(
+        table.choice("backend", BACKENDS, "auto"),
+        table.number("workers", 1, WORKERS_COUNT_MAX),
+        table.size("pool", POOL_MIN, POOL_MAX) or POOL_DEFAULT,
+        table.number("fault_threads", 1, FAULT_THREADS_MAX) or FAULT_THREADS,
+        None if record is None else os.path.join(directory, record),
+    )
+
+
+def _listen(address: str, directory: str, file: str) -> str:
+    """The address with its socket's path made relative to ``directory``."""
+    try:
+        parsed = uri.parse_listen(address)
+        if parsed.socket is None:
+            return str(parsed)
+        moved = dataclasses.replace(parsed, socket=os.path.join(directory, parsed.socket))
+        return str(uri.parse_listen(str(moved)))
+    except ConfigError as error:
+        raise ConfigError(error.message, file=file, key="listen") from error
+
+
+def _exports(tables: Mapping[str, object], file: str) -> Iterable[ExportConfig]:
+    for name, values in tables.items():
+        where = Where(file, f"exports.{_toml_key(name)}")
+        _check_string(name, where, "the export's name")
+        keys = ("image", "format", "layers", "read_only", "description", "default")
+        yield _export(name, _Table(values, where, keys), os.path.dirname(file))
+
+
+def _export(name: str, table: _Table, directory: str) -> ExportConfig:
+    image, format = table.text("image"), table.text("format")
+    layers = table.get("layers")
+    if (image is None) == (layers is None):
+        found = "has neither image nor layers" if image is None else "has both image and layers"
+        table.refuse(None, f"{found}; an export needs one of them")
+    if format is not None and image is None:
+        table.refuse("format", 'goes with image; in layers it is the layer\'s type, as in {type = "qcow2"}')
+    description = table.text("description") or ""
+    _check_string(description, table.where, "its description")
+    export = ExportConfig(
+        name,
+        image if image is None else os.path.join(directory, image),
+        format,
+        None if layers is None else _as_list(layers, table.where, "layers", "a list of layers"),
+        table.flag("read_only"),
+        description,
+        bool(table.flag("default")) and name != "",
+        table.where,
+    )
+    _check_buildable(export)
+    return export
+
+
+def _check_buildable(export: ExportConfig) -> None:
+    """Build what can be built with no file opened."""
+    if export.format is None and export.image is not None:
+        return
+    try:
+        export.build()
+    except ImageError as error:
+        _refuse(export.where, "format", f"found {export.format!r}: {error.message}")
+
+
+def _check_names(exports: Sequence[ExportConfig]) -> None:
+    """One export at most is served under the empty name."""
+    first: ExportConfig | None = None
+    for export in exports:
+        if not export.default and export.name != "":
+            continue
+        if first is not None:
+            key = "default" if export.default else None
+            _refuse(export.where, key, f"[{first.where.table}] is the default export already, there can be one")
+        first = export
+
+
+# -- stacks --------------------------------------------------------------------------------------------------------
+
+
+class _Stacks:
+    """Builds stacks, as the module's text defines them; paths in them are relative to ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def build(self, layers: Sequence[object], where: Where) -> Layer:
+        """The top layer of an export's ``layers``. Raises ConfigError."""
+        return self._stack(layers, Where(where.file, f"{where.table}.layers"), 1)
+
+    def _stack(self, layers: object, where: Where, depth: int) -> Layer:
+        """The top layer of a list; ``depth`` counts the lists it lies in."""
+        items = _as_list(layers, where, None, "a list of layers")
+        if not items:
+            _refuse(where, None, "is empty; a stack has at least one layer")
+        if depth > NESTING_MAX:
+            _refuse(where, None, f"lists nest deeper than {NESTING_MAX}")
+        _check_count(len(items), LAYERS_COUNT_MAX, where, "layers")
+        places = [Where(where.file, f"{where.table}[{index}]") for index in range(len(items))]
+        count = next((index for index, item in enumerate(items) if isinstance(item, list)), len(items))
+        if count == 0:
+            _refuse(places[0], None, "a stack begins with a layer, not with a list")
+        below = []
+        for item, place in zip(items[count:], places[count:], strict=True):
+            if not isinstance(item, list):
+                _refuse(place, None, "a layer follows a nested list; the lists of a layer's children come last")
+            below.append(self._stack(item, place, depth + 1))
+        for index in reversed(range(count)):
+            below = [self._layer(items[index], below, places[index], depth)]
+        return below[0]
+
+    def _layer(self, item: object, below: Sequence[Layer], where: Where, depth: int) -> Layer:
+        """One layer, standing on ``below``."""
+        keys = dict(_as_table(item, where))
+        kind = keys.pop("type", None)
+        if not isinstance(kind, str):
+            found = "missing" if kind is None else f"found {_shown(kind)}"
+            _refuse(where, "type", f"{found}; allowed are {', '.join(registry.names())}")
+        try:
+            roles = _roles(registry.layer_type(kind))
+        except ConfigError as error:
+            _refuse(where, "type", error.message)
+        values = {}
+        for key, value in keys.items():
+            name = key.replace("_", "-")  # The registry takes both.
+            if name in values:
+                _refuse(where, key, "is given twice")
+            values[name] = self._value(name, value, roles, where, depth)
+        _adopt(kind, values, roles, below, where)
+        return registry.build(kind, values, where)
+
+    def _value(self, key: str, value: object, roles: Mapping[str, bool], where: Where, depth: int) -> object:
+        """What the registry takes for the key: layers for children, paths from where we are."""
+        is_many = roles.get(key)
+        place = Where(where.file, f"{where.table}.{key}")
+        if is_many is None:
+            return os.path.join(self._directory, value) if key == "path" and isinstance(value, str) else value
+        if not is_many:
+            return self._stack(value, place, depth + 1)
+        stacks = enumerate(_as_list(value, place, None, "a list of stacks"))
+        return [self._stack(stack, Where(place.file, f"{place.table}[{index}]"), depth + 1) for index, stack in stacks]
+
+
+def _adopt(kind: str, values: dict[str, Any], roles: Mapping[str, bool], below: Sequence[Layer], where: Where) -> None:
+    """Give the layer's ``values`` the layers it stands on, by their roles."""
+    if not below:
+        return
+    if not roles:
+        _refuse(where, None, f"the layer {kind!r} has no children, but others follow it; it comes last")
+    order = list(roles)
+    if len(below) == 1 and "file" in roles:
+        order = ["file"]
+    left = list(below)
+    for role in order:
+        if not left:
+            break
+        if role in values:
+            _refuse(where, role, "is given by its key and again by what follows the layer")
+        if roles[role]:
+            values[role], left = left, []
+        else:
+            values[role] = left.pop(0)
+    if left:
+        _refuse(
+            where, None, f"the layer {kind!r} has {len(roles)} children ({', '.join(roles)}), {len(below)} follow it"
+        )
+
+
+def _roles(cls: type[Layer]) -> dict[str, bool]:
+    """The keys of a layer that hold children, in order, and whether they hold a list of them."""
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        choices = {hints[field.name], *typing.get_args(hints[field.name])}  # Layer | None is a choice of two.
+        if field.init and choices & {Layer, list[Layer]}:
+            found[field.name.replace("_", "-")] = list[Layer] in choices
+    return found
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+class _Table:
+    """A table's values, each checked as it is taken. An unknown key is an error from the start."""
+
+    def __init__(self, values: object, where: Where, allowed: Sequence[str]) -> None:
+        self._values, self.where = _as_table(values, where), where
+        for key, value in self._values.items():
+            if key not in allowed:
+                self.refuse(key, _unknown(key, value, allowed, where))
+
+    def refuse(self, key: str | None, message: str) -> NoReturn:
+        _refuse(self.where, key, message)
+
+    def get(self, key: str) -> object:
+        return self._values.get(key)
+
+    def text(self, key: str) -> str | None:
+        """A string, not empty."""
+        value = self._take(key, lambda value: isinstance(value, str), "a string")
+        if value is None:
+            return None
+        if not value or len(value) > STRING_MAX or "\0" in value:
+            self.refuse(key, f"found {_shown(value)}, allowed are 1 to {STRING_MAX} characters, none of them NUL")
+        return str(value)
+
+    def texts(self, key: str, count_max: int) -> list[str]:
+        """A list of strings; empty if the key is not there."""
+        wanted = "a list of strings"
+        value = self._take(key, lambda value: isinstance(value, list), wanted)
+        if value is None:
+            return []
+        if not value:
+            self.refuse(key, "found an empty list; leave the key out for the default")
+        _check_count(len(value), count_max, self.where, key)
+        for item in value:
+            if not isinstance(item, str) or not item or "\0" in item:
+                self.refuse(key, f"found {_shown(item)} in the list, allowed is {wanted}")
+        return list(value)
+
+    def flag(self, key: str) -> bool | None:
+        value = self._take(key, lambda value: isinstance(value, bool), "true or false")
+        return None if value is None else bool(value)
+
+    def choice(self, key: str, choices: Sequence[str], default: str) -> str:
+        wanted = " or ".join(f'"{choice}"' for choice in choices)
+        value = self._take(key, lambda value: value in choices, wanted)
+        return default if value is None else str(value)
+
+    def number(self, key: str, low: int, high: int) -> int | None:
+        """An integer from ``low`` to ``high``."""
+        wanted = f"an integer from {low} to {high}"
+        value = self._take(key, lambda value: _is_integer(value) and low <= value <= high, wanted)
+        return None if value is None else int(value)
+
+    def size(self, key: str, low: int, high: int) -> int | None:
+        """Bytes, from ``low`` to ``high``."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        try:
+            return size(value, low, high)
+        except ValueError as error:
+            self.refuse(key, f"found {_shown(value)}, allowed is {error}")
+
+    def table(self, key: str, allowed: Sequence[str]) -> _Table:
+        """A table with the keys ``allowed``; empty if it is not there."""
+        return _Table(self._values.get(key, {}), Where(self.where.file, key), allowed)
+
+    def tables(self, key: str, count_max: int) -> Mapping[str, object]:
+        """A table of tables, by their names; empty if it is not there."""
+        values = _as_table(self._values.get(key, {}), Where(self.where.file, key))
+        _check_count(len(values), count_max, self.where, key)
+        return values
+
+    def _take(self, key: str, fits: Callable[[Any], bool], wanted: str) -> Any:
+        """The value, or None if the key is not there."""
+        value = self._values.get(key)
+        if value is not None and not fits(value):
+            self.refuse(key, f"found {_shown(value)}, allowed is {wanted}")
+        return value
+
+
+def size(value: object, low: int, high: int) -> int:
+    """Bytes, from an integer or a string such as "128M". ValueError, saying what is allowed."""
+    try:
+        found = registry.parse_size(value)
+    except _Unfit as unfit:
+        raise ValueError(str(unfit)) from None
+    if not low <= found <= high:
+        raise ValueError(f"a size from {_in_units(low)} to {_in_units(high)}")
+    return found
+
+
+def _in_units(count: int) -> str:
+    """A size as one writes it: 33554432 is 32M."""
+    for unit in ("", "K", "M", "G"):
+        if count % 1024:
+            return f"{count}{unit}"
+        count //= 1024
+    return f"{count}T"
+
+
+def _as_table(value: object, where: Where) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        _refuse(where, None, f"found {_shown(value)}, allowed is a table")
+    return value
+
+
+def _as_list(value: object, where: Where, key: str | None, wanted: str) -> list[object]:
+    if not isinstance(value, list):
+        _refuse(where, key, f"found {_shown(value)}, allowed is {wanted}")
+    return value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_string(text: str, where: Where, what: str) -> None:
+    try:
+        encoded(text)
+    except ValueError as error:
+        _refuse(where, None, f"{what} {error}")
+
+
+def _check_count(count: int, count_max: int, where: Where, what: str) -> None:
+    if count > count_max:
+        _refuse(where, None, f"has {count} {what}, allowed are {count_max}")
+
+
+def _unknown(key: str, value: object, allowed: Sequence[str], where: Where) -> str:
+    if isinstance(value, dict) and (where.table or "").startswith("exports."):
+        return f"unknown table; a name with a dot in it is quoted, as in [exports.{json.dumps('vm.' + key)}]"
+    close = difflib.get_close_matches(key, allowed, 1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"unknown key; {guess}Allowed are: {', '.join(allowed)}"
+
+
+def _shown(value: object) -> str:
+    """A value as TOML has it, more or less, and short."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    text = str(value).lower() if isinstance(value, bool) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
+
+
+def _refuse(where: Where, key: str | None, message: str) -> NoReturn:
+    raise ConfigError(message, file=where.file, table=where.table, key=key)

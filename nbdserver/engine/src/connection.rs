@@ -1,0 +1,262 @@
+//! One connection: its socket, what it has sent and not been parsed, what it has still to be sent.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+
+use crate::export::Export;
+use crate::pool::{Slot, Ticket};
+use crate::request::{Body, Failure, Reply, Session};
+use crate::vector::Vector;
+use crate::wire::{self, Header, chunk};
+
+/// Slices in one vectored send.
+const SLICES_MAX: usize = 256;
+/// Room for the largest fixed-size reply header: a structured chunk's, and the offset that begins its payload.
+const HEAD_MAX: usize = 40;
+
+/// Something to send. `End` marks the end of a reply that held `weight` bytes.
+enum Item {
+    Head { bytes: [u8; HEAD_MAX], length: u8 },
+    Bytes(Vec<u8>),
+    Slot(Arc<Slot>, Range<usize>),
+    End { weight: usize },
+}
+
+impl Item {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Item::Head { bytes, length } => &bytes[..usize::from(*length)],
+            Item::Bytes(bytes) => bytes,
+            Item::Slot(slot, range) => slot.slice(range.clone()),
+            Item::End { .. } => &[],
+        }
+    }
+}
+
+/// What is on its way to the client.
+#[derive(Default)]
+pub struct Outgoing {
+    items: VecDeque<Item>,
+    /// Bytes of the first item that have been sent.
+    sent: usize,
+}
+
+pub enum Sent {
+    /// Everything has left; the connection waits for nothing.
+    All,
+    /// The socket is full.
+    Blocked,
+}
+
+impl Outgoing {
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    pub fn bytes(&mut self, bytes: Vec<u8>) {
+        if !bytes.is_empty() {
+            self.items.push_back(Item::Bytes(bytes));
+        }
+    }
+
+    fn head(&mut self, write: impl FnOnce(&mut Vec<u8>), scratch: &mut Vec<u8>) {
+        scratch.clear();
+        write(scratch);
+        let mut bytes = [0; HEAD_MAX];
+        bytes[..scratch.len()].copy_from_slice(scratch);
+        self.items.push_back(Item::Head { bytes, length: scratch.len() as u8 });
+    }
+
+    fn data(&mut self, vector: &Vector, range: Range<usize>) {
+        for (slot, part) in vector.parts(range) {
+            self.items.push_back(Item::Slot(slot.clone(), part));
+        }
+    }
+
+    /// Queue a reply.
+    pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
+        let Reply { cookie, offset, structured, whole, weight, result, .. } = reply;
+        match result {
+            Err(failure) => self.error(cookie, structured, &failure, scratch),
+            Ok(Body::Data { vector, holes }) if structured && !vector.is_empty() => {
+                self.chunks(cookie, offset, &vector, &holes, whole, scratch);
+            }
+            Ok(Body::Data { vector, .. }) if !structured => {
+                self.head(|out| wire::simple_reply(out, 0, cookie), scratch);
+                self.data(&vector, 0..vector.len());
+            }
+            Ok(Body::Status(contexts)) => {
+                let last = contexts.len().saturating_sub(1);
+                for (index, (id, runs)) in contexts.iter().enumerate() {
+                    let mut out = Vec::with_capacity(24 + 8 * runs.len());
+                    wire::block_status(&mut out, done_if(index == last), cookie, *id, runs);
+                    self.bytes(out);
+                }
+            }
+            Ok(_) if structured => self.head(|out| wire::chunk_none(out, cookie), scratch),
+            Ok(_) => self.head(|out| wire::simple_reply(out, 0, cookie), scratch),
+        }
+        self.items.push_back(Item::End { weight });
+    }
+
+    fn error(
+        &mut self,
+        cookie: u64,
+        structured: bool,
+        failure: &Failure,
+        scratch: &mut Vec<u8>,
+    ) {
+        let error = wire::nbd_errno(failure.errno);
+        if structured {
+            let mut out = Vec::new();
+            wire::error_chunk(&mut out, chunk::FLAG_DONE, cookie, error, &failure.message);
+            self.bytes(out);
+        } else {
+            self.head(|out| wire::simple_reply(out, error, cookie), scratch);
+        }
+    }
+
+    /// A structured read: data and holes in order, the last chunk marked so.
+    fn chunks(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        vector: &Vector,
+        holes: &[(usize, usize)],
+        whole: bool,
+        scratch: &mut Vec<u8>,
+    ) {
+        assert!(!whole || holes.is_empty(), "holes are filled in where DF is set");
+        let end = vector.len();
+        let mut position = 0;
+        let mut holes = holes.iter().peekable();
+        while position < end {
+            let (is_hole, until) = match holes.peek() {
+                Some((start, length)) if *start == position => (true, start + length),
+                Some((start, _)) => (false, *start),
+                None => (false, end),
+            };
+            let flags = done_if(until == end);
+            let at = offset + position as u64;
+            let length = (until - position) as u32;
+            if is_hole {
+                self.head(|out| wire::offset_hole(out, flags, cookie, at, length), scratch);
+                holes.next();
+            } else {
+                self.head(|out| wire::offset_data(out, flags, cookie, at, length), scratch);
+                self.data(vector, position..until);
+            }
+            position = until;
+        }
+    }
+
+    /// Send as much as the socket takes. `ended` is called with the weight of each reply that has left whole.
+    pub fn send(&mut self, socket: &OwnedFd, mut ended: impl FnMut(usize)) -> Result<Sent, Errno> {
+        loop {
+            self.drop_sent(&mut ended);
+            if self.items.is_empty() {
+                return Ok(Sent::All);
+            }
+            let slices: Vec<IoSlice<'_>> = self
+                .items
+                .iter()
+                .enumerate()
+                .map(|(index, item)| {
+                    let skip = if index == 0 { self.sent } else { 0 };
+                    IoSlice::new(&item.bytes()[skip..])
+                })
+                .filter(|slice| !slice.is_empty())
+                .take(SLICES_MAX)
+                .collect();
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(sent) => self.sent += sent,
+                Err(Errno::AGAIN) => return Ok(Sent::Blocked),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Take away what `sent` covers; `sent` is then within the first item that is left.
+    fn drop_sent(&mut self, ended: &mut impl FnMut(usize)) {
+        while let Some(item) = self.items.front() {
+            let length = item.bytes().len();
+            if self.sent < length {
+                return;
+            }
+            self.sent -= length;
+            if let Some(Item::End { weight }) = self.items.pop_front() {
+                ended(weight);
+            }
+        }
+    }
+}
+
+fn done_if(last: bool) -> u16 {
+    if last { chunk::FLAG_DONE } else { 0 }
+}
+
+pub enum Phase {
+    /// The four bytes of the client's flags.
+    Flags,
+    Options,
+    /// Python is deciding.
+    Deciding,
+    Transmission(Arc<Session>, Arc<Export>),
+}
+
+/// A write whose payload is still coming.
+pub struct Payload {
+    pub header: Header,
+    pub vector: Vector,
+    pub filled: usize,
+}
+
+pub struct Connection {
+    pub socket: OwnedFd,
+    pub token: u64,
+    pub peer: String,
+    pub phase: Phase,
+    /// When the handshake must be over.
+    pub deadline: Instant,
+    /// Received and not parsed.
+    pub input: Vec<u8>,
+    /// Bytes of input to throw away before anything is parsed.
+    pub skip: u64,
+    pub payload: Option<Payload>,
+    /// A request that waits for memory.
+    pub ticket: Option<(Header, Ticket)>,
+    /// A request that waits for a drained section to end.
+    pub parked: Option<(Header, Vector)>,
+    /// Parsing waits for memory, for a drained section to end, or for replies to leave.
+    pub stalled: bool,
+    /// Nothing more will be read: the client said so, has gone, or the server is stopping.
+    pub deaf: bool,
+    /// Close once everything has been sent.
+    pub closing: bool,
+    pub outgoing: Outgoing,
+    /// Requests taken and not answered, and the bytes they hold.
+    pub requests: usize,
+    pub weight: usize,
+    /// What epoll is asked for now.
+    pub interest: rustix::event::epoll::EventFlags,
+    pub dirty: bool,
+}
+
+impl Connection {
+    /// Forget a write whose payload will never be whole: it was not accepted.
+    pub fn drop_payload(&mut self) {
+        if let Some(payload) = self.payload.take() {
+            self.requests -= 1;
+            self.weight -= payload.vector.len();
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The engine: what workers, fault threads and Python share.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::export::Export;
+use crate::extents::FileId;
+use crate::fault::Faults;
+use crate::file::File;
+use crate::handshake::Handshakes;
+use crate::pool::Pool;
+use crate::record::Recorder;
+use crate::ring::Ring;
+use crate::server::Acceptor;
+use crate::threads::Threads;
+use crate::users::Users;
+use crate::worker::{Inbox, Latch, Message, Worker};
+
+/// Shards of `Users` for threads that are not workers.
+const OTHER_SHARDS: usize = 8;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Backend {
+    Auto,
+    IoUring,
+    Threads,
+}
+
+pub struct Settings {
+    pub workers: usize,
+    pub pool: usize,
+    pub backend: Backend,
+    pub fault_threads: usize,
+    pub handshake_timeout: Duration,
+    pub record: Option<String>,
+}
+
+/// Why the engine could not start, in words.
+pub struct StartError(pub String);
+
+/// The open files by number. Numbers are never used again.
+#[derive(Default)]
+pub struct Files {
+    table: RwLock<HashMap<FileId, Arc<File>>>,
+    next: AtomicU32,
+}
+
+pub struct Engine {
+    pub pool: Arc<Pool>,
+    pub users: Arc<Users>,
+    pub files: Files,
+    pub faults: Faults,
+    pub handshakes: Handshakes,
+    pub inboxes: Vec<Arc<Inbox>>,
+    pub threads: Option<Threads>,
+    pub handshake_timeout: Duration,
+    /// Why there is no io_uring, if there is none.
+    pub refused: Option<String>,
+    /// Connections open now.
+    pub connections: AtomicUsize,
+    recorder: Option<Arc<Recorder>>,
+    rings: Mutex<Vec<Ring>>,
+    running: Mutex<Vec<JoinHandle<()>>>,
+    acceptor: Mutex<Option<Acceptor>>,
+    exports: AtomicU32,
+}
+
+impl Files {
+    pub fn get(&self, file: FileId) -> Option<Arc<File>> {
+        self.table.read().unwrap().get(&file).cloned()
+    }
+}
+
+impl Engine {
+    pub fn new(settings: &Settings) -> Result<Arc<Engine>, StartError> {
+        let said = |what: &str, error: &dyn std::fmt::Display| StartError(format!("{what}: {error}"));
+        let pool = Pool::new(settings.pool).map_err(|error| said("the buffer pool", &error))?;
+        let recorder = match &settings.record {
+            None => None,
+            Some(directory) => Some(Arc::new(
+                Recorder::create(Path::new(directory))
+                    .map_err(|error| said("the I/O recorder", &error))?,
+            )),
+        };
+        let mut rings = Vec::new();
+        let mut refused = None;
+        if settings.backend == Backend::Threads {
+            refused = Some("the thread backend was asked for".to_owned());
+        } else if let Err((what, error)) = make_rings(&pool, settings.workers, &mut rings) {
+            if settings.backend == Backend::IoUring {
+                return Err(said(what, &error));
+            }
+            refused = Some(format!("{what}: {error}"));
+            rings.clear();
+        }
+        pool.set_registered(if refused.is_none() { pool.size() } else { 0 });
+        let threads = match refused {
+            None => None,
+            Some(_) => Some(Threads::start().map_err(|error| said("starting threads", &error))?),
+        };
+        let inboxes: Result<Vec<_>, _> = (0..settings.workers).map(|_| Inbox::new()).collect();
+        let inboxes = inboxes.map_err(|error| said("eventfd", &error))?;
+        Ok(Arc::new(Engine {
+            pool,
+            users: Users::new(settings.workers + OTHER_SHARDS),
+            files: Files::default(),
+            faults: Faults::new(settings.fault_threads),
+            handshakes: Handshakes::default(),
+            inboxes,
+            threads,
+            handshake_timeout: settings.handshake_timeout,
+            refused,
+            connections: AtomicUsize::new(0),
+            recorder,
+            rings: Mutex::new(rings),
+            running: Mutex::default(),
+            acceptor: Mutex::default(),
+            exports: AtomicU32::new(0),
+        }))
+    }
+
+    /// Start the workers, and accept on `listeners`.
+    pub fn start(self: &Arc<Self>, listeners: Vec<OwnedFd>) -> Result<(), StartError> {
+        let said = |error: std::io::Error| StartError(format!("starting a worker: {error}"));
+        let mut rings = std::mem::take(&mut *self.rings.lock().unwrap());
+        let mut running = self.running.lock().unwrap();
+        for index in (0..self.inboxes.len()).rev() {
+            let worker = Worker::new(self.clone(), index, rings.pop()).map_err(said)?;
+            let builder = std::thread::Builder::new().name(format!("nbd-worker-{index}"));
+            running.push(builder.spawn(move || worker.run()).map_err(said)?);
+        }
+        let acceptor = Acceptor::start(self.clone(), listeners).map_err(said)?;
+        *self.acceptor.lock().unwrap() = Some(acceptor);
+        Ok(())
+    }
+
+    /// Accept no more, finish the requests that were taken (until `timeout`), close every connection, and end the
+    /// fault and handshake queues, so that the threads that serve them come back.
+    pub fn stop(&self, timeout: Duration) {
+        if let Some(acceptor) = self.acceptor.lock().unwrap().take() {
+            acceptor.stop();
+        }
+        let deadline = Instant::now() + timeout;
+        for inbox in &self.inboxes {
+            inbox.send(Message::Stop(deadline));
+        }
+        for handle in self.running.lock().unwrap().drain(..) {
+            handle.join().expect("a worker panicked");
+        }
+        for inbox in &self.inboxes {
+            inbox.close();
+        }
+        if let Some(threads) = &self.threads {
+            threads.stop();
+        }
+        self.faults.stop();
+        self.handshakes.stop();
+    }
+
+    pub fn new_export(&self, size: u64, read_only: bool) -> Arc<Export> {
+        Arc::new(Export::new(self.exports.fetch_add(1, Relaxed), size, read_only))
+    }
+
+    pub fn open_file(
+        &self,
+        fd: OwnedFd,
+        name: String,
+        read_only: bool,
+    ) -> Result<Arc<File>, rustix::io::Errno> {
+        let id = self.files.next.fetch_add(1, Relaxed);
+        let file = Arc::new(File::new(id, fd, name, read_only, self.recorder.clone())?);
+        self.files.table.write().unwrap().insert(id, file.clone());
+        Ok(file)
+    }
+
+    /// Forget a file: no new I/O finds it, running I/O is waited for, and no ring holds it any more.
+    pub fn close_file(&self, file: FileId) {
+        if self.files.table.write().unwrap().remove(&file).is_none() {
+            return;
+        }
+        self.users.wait_unused(file, 0, u64::MAX);
+        let latch = Arc::new(Latch::new());
+        for inbox in &self.inboxes {
+            inbox.send(Message::Forget(file, latch.clone()));
+        }
+        latch.wait_alone();
+    }
+
+    /// Which shard of `users` the calling thread uses.
+    pub fn shard(&self) -> usize {
+        thread_local!(static SHARD: Cell<Option<usize>> = const { Cell::new(None) });
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        SHARD.with(|shard| {
+            let own = shard.get().unwrap_or_else(|| NEXT.fetch_add(1, Relaxed));
+            shard.set(Some(own));
+            self.inboxes.len() + own % OTHER_SHARDS
+        })
+    }
+}
+
+fn make_rings(
+    pool: &Pool,
+    count: usize,
+    rings: &mut Vec<Ring>,
+) -> Result<(), (&'static str, std::io::Error)> {
+    for _ in 0..count {
+        let ring = Ring::new(pool, rings.first())?;
+        rings.push(ring);
+    }
+    Ok(())
+}

@@ -1,0 +1,700 @@
+//! The extent cache of one export: the TLB of the layer graph.
+//!
+//! ```text
+//! disk range  ->  (file, offset, writable) | Zero | Code
+//! ```
+//!
+//! A fault resolves a range in Python and *fills* it in; a layer whose mapping changes says
+//! *changed*, which drops. The two race, and the cache is where the race is decided: a fill names
+//! the sequence number it began at, and of what it brings every byte that has changed since is cut
+//! out. So nothing in the cache is ever older than the last change of its range.
+//!
+//! What a lookup answers may be used only by one who became a user of the place (see `users`)
+//! and found the range unchanged since.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// Which of the engine's open files.
+pub type FileId = u32;
+
+/// Changes that are remembered, so that fills which began before them can still be judged. A fill
+/// takes milliseconds and a layer changes some thousand clusters a second; one that is overtaken
+/// by more changes than this is resolved again.
+const HISTORY_MAX: usize = 1024;
+
+/// Where bytes of the disk live.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// At `offset` of a file; `writable`: they may be overwritten there with no metadata change.
+    File {
+        file: FileId,
+        offset: u64,
+        writable: bool,
+    },
+    /// Nowhere: they read as zeroes.
+    Zero,
+    /// Only the layer's code knows.
+    Code,
+}
+
+impl Target {
+    pub fn is_writable(self) -> bool {
+        matches!(self, Target::File { writable: true, .. })
+    }
+
+    /// The same place, with this permission. Nothing but a file's place ever has it.
+    fn with_writable(mut self, permission: bool) -> Target {
+        if let Target::File { writable, .. } = &mut self {
+            *writable = permission;
+        }
+        self
+    }
+
+    /// Where what lies `distance` bytes further on lives; None past the end of the address space.
+    fn advanced(mut self, distance: u64) -> Option<Target> {
+        if let Target::File { offset, .. } = &mut self {
+            *offset = offset.checked_add(distance)?;
+        }
+        Some(self)
+    }
+}
+
+/// `length` bytes of the disk that live at `target`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    pub length: u64,
+    pub target: Target,
+}
+
+impl Piece {
+    /// The part from `start` up to `end`, both counted from the piece's begin and within it.
+    fn cut(&self, start: u64, end: u64) -> Piece {
+        let target = self
+            .target
+            .advanced(start)
+            .expect("a place was checked when it was entered");
+        Piece {
+            length: end - start,
+            target,
+        }
+    }
+
+    /// Whether what follows on the disk lives at `next` and just continues this piece.
+    fn continues_at(&self, next: Target) -> bool {
+        self.target.advanced(self.length) == Some(next)
+    }
+}
+
+/// Resolved extents of one export: bounded, merged, never stale. Offsets and lengths are bytes.
+pub struct Cache {
+    /// By disk offset. Disjoint, none empty; no end passes u64::MAX, neither the disk's nor the
+    /// file's.
+    entries: BTreeMap<u64, Piece>,
+    entries_max: usize,
+    sequence: u64,
+    /// The last changes, oldest first: the newest is the one that made `sequence` what it is.
+    history: VecDeque<Range<u64>>,
+    /// Where eviction goes on: a clock's hand over the disk.
+    hand: u64,
+}
+
+impl Cache {
+    /// An empty cache that holds at most `entries_max` (at least 1) entries.
+    pub fn new(entries_max: usize) -> Cache {
+        Cache {
+            entries: BTreeMap::new(),
+            entries_max: entries_max.max(1),
+            sequence: 0,
+            history: VecDeque::new(),
+            hand: 0,
+        }
+    }
+
+    /// The number of changes so far. Remember it from before a resolve to fill in its answer.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The number of entries held.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Append to `out` the pieces that cover a prefix of the range, merged as far as a reader does
+    /// not mind (what is writable only in part becomes not writable). Returns the bytes covered:
+    /// it stops at the first byte that is not known.
+    pub fn lookup(&self, offset: u64, length: u64, out: &mut Vec<Piece>) -> u64 {
+        let first = out.len();
+        let mut covered = 0;
+        for piece in self.known(offset, length) {
+            covered += piece.length;
+            append(out, first, piece);
+        }
+        covered
+    }
+
+    /// As `lookup`, but stops at the first byte that is not known to live at a writable place of a
+    /// file: the whole range may be overwritten in place if all of it is covered.
+    pub fn lookup_writable(&self, offset: u64, length: u64, out: &mut Vec<Piece>) -> u64 {
+        let first = out.len();
+        let mut covered = 0;
+        for piece in self.known(offset, length) {
+            if !piece.target.is_writable() {
+                break;
+            }
+            covered += piece.length;
+            append(out, first, piece);
+        }
+        covered
+    }
+
+    /// Enter what a resolve answered that began when `sequence()` was `sequence`: pieces that are
+    /// contiguous from `offset`. What has changed since is cut out; false, and nothing is entered,
+    /// if so much has that it is no longer known what.
+    ///
+    /// A place that is known to be writable stays so when an answer to another intent names the
+    /// same place without saying it: only `changed` takes a permission away. What does not fit
+    /// (more pieces than the cache's bound, an end past u64::MAX) is left out.
+    pub fn fill(&mut self, sequence: u64, offset: u64, pieces: &[Piece]) -> bool {
+        let overtaken = self.sequence.saturating_sub(sequence);
+        if overtaken > self.history.len() as u64 {
+            return false;
+        }
+        let mut end = offset;
+        for piece in pieces.iter().take(self.entries_max) {
+            let Some(next) = end.checked_add(piece.length) else {
+                break;
+            };
+            if piece.target.advanced(piece.length).is_none() {
+                break;
+            }
+            if piece.length > 0 {
+                self.enter(end, *piece);
+            }
+            end = next;
+        }
+        for index in self.history.len() - overtaken as usize..self.history.len() {
+            let changed = self.history[index].clone();
+            self.remove(changed.start.max(offset), changed.end.min(end));
+        }
+        self.evict(offset..end);
+        true
+    }
+
+    /// The mapping of the range is no longer what it was: drop it, and number the change.
+    pub fn changed(&mut self, offset: u64, length: u64) {
+        let end = offset.saturating_add(length);
+        self.remove(offset, end);
+        self.sequence += 1;
+        if self.history.len() == HISTORY_MAX {
+            self.history.pop_front();
+        }
+        self.history.push_back(offset..end);
+        self.evict(0..0); // A cut in the middle of an entry leaves one more.
+    }
+
+    /// Forget everything. Running fills are not affected: it is not a change.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
+
+    /// What is known of the range without a gap from `offset` on, cut to it.
+    fn known(&self, offset: u64, length: u64) -> impl Iterator<Item = Piece> {
+        let end = offset.saturating_add(length);
+        let mut position = offset;
+        let mut rest = None;
+        std::iter::from_fn(move || {
+            if position >= end {
+                return None;
+            }
+            // The first entry is the one that begins at or before `offset`, found from the left;
+            // the others need a second descent of the tree, which most lookups never make.
+            let (&start, piece) = if position == offset {
+                self.entries.range(..=offset).next_back()?
+            } else {
+                rest.get_or_insert_with(|| self.entries.range(position..))
+                    .next()?
+            };
+            if start > position || start + piece.length <= position {
+                return None;
+            }
+            let part = piece.cut(position - start, piece.length.min(end - start));
+            position += part.length;
+            Some(part)
+        })
+    }
+
+    /// Make the range of `piece` live at its target, merged with neighbours that it continues.
+    fn enter(&mut self, offset: u64, piece: Piece) {
+        let permitted = self.permitted(offset, piece);
+        self.replace(offset, piece);
+        for (offset, part) in permitted {
+            self.replace(offset, part);
+        }
+    }
+
+    /// The parts of `piece`'s range that are known to live where it says, and to be writable,
+    /// which it does not say.
+    fn permitted(&self, offset: u64, piece: Piece) -> Vec<(u64, Piece)> {
+        let mut permitted = Vec::new();
+        if piece.target != piece.target.with_writable(true) {
+            for (start, known) in self.overlapping(offset, offset + piece.length) {
+                let begin = start.max(offset);
+                let end = (start + known.length).min(offset + piece.length);
+                let part = known.cut(begin - start, end - start);
+                let said = piece.cut(begin - offset, end - offset);
+                if part.target == said.target.with_writable(true) {
+                    permitted.push((begin, part));
+                }
+            }
+        }
+        permitted
+    }
+
+    fn replace(&mut self, mut offset: u64, mut piece: Piece) {
+        let end = offset + piece.length;
+        self.remove(offset, end);
+        if let Some((&start, left)) = self.entries.range(..offset).next_back()
+            && start + left.length == offset
+            && left.continues_at(piece.target)
+        {
+            piece = Piece {
+                length: left.length + piece.length,
+                target: left.target,
+            };
+            offset = start;
+        }
+        if let Some(right) = self.entries.get(&end)
+            && piece.continues_at(right.target)
+        {
+            piece.length += right.length;
+            self.entries.remove(&end);
+        }
+        self.entries.insert(offset, piece);
+    }
+
+    /// Forget the bytes from `start` up to `end`.
+    fn remove(&mut self, start: u64, end: u64) {
+        if start >= end {
+            return;
+        }
+        if let Some((&first, piece)) = self.entries.range_mut(..start).next_back()
+            && first + piece.length > start
+        {
+            let whole = *piece;
+            *piece = whole.cut(0, start - first);
+            if first + whole.length > end {
+                self.entries
+                    .insert(end, whole.cut(end - first, whole.length));
+                return;
+            }
+        }
+        while let Some((&first, &piece)) = self.entries.range(start..end).next() {
+            self.entries.remove(&first);
+            if first + piece.length > end {
+                self.entries
+                    .insert(end, piece.cut(end - first, piece.length));
+                return;
+            }
+        }
+    }
+
+    /// The entries that overlap the (not empty) range, with their offsets, in order.
+    fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, &Piece)> {
+        let before = self.entries.range(..start).next_back();
+        before
+            .into_iter()
+            .filter(move |(first, piece)| **first + piece.length > start)
+            .chain(self.entries.range(start..end))
+            .map(|(first, piece)| (*first, piece))
+    }
+
+    /// Come back to the bound, sparing `kept` (what was just entered) as long as there is another.
+    fn evict(&mut self, kept: Range<u64>) {
+        while self.entries.len() > self.entries_max {
+            let from = |offset| self.entries.range(offset..).next().map(|(&first, _)| first);
+            let mut victim = from(self.hand).or_else(|| from(0));
+            if victim.is_some_and(|first| kept.contains(&first)) {
+                victim = from(kept.end).or_else(|| from(0));
+            }
+            let Some(first) = victim else { return };
+            self.entries.remove(&first);
+            self.hand = first;
+        }
+    }
+}
+
+/// Push `piece`, merged with the last one if that is among those from index `first` on.
+fn append(out: &mut Vec<Piece>, first: usize, piece: Piece) {
+    if out.len() > first
+        && let Some(last) = out.last_mut()
+    {
+        let permission = last.target.is_writable() && piece.target.is_writable();
+        let target = last.target.with_writable(permission);
+        let merged = Piece { target, ..*last };
+        if merged.continues_at(piece.target.with_writable(permission)) {
+            *last = Piece {
+                length: last.length + piece.length,
+                target,
+            };
+            return;
+        }
+    }
+    out.push(piece);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    const READABLE: Target = place(0, false);
+    const WRITABLE: Target = place(0, true);
+
+    const fn place(offset: u64, writable: bool) -> Target {
+        Target::File {
+            file: 1,
+            offset,
+            writable,
+        }
+    }
+
+    fn piece(length: u64, target: Target) -> Piece {
+        Piece { length, target }
+    }
+
+    fn looked_up(cache: &Cache, offset: u64, length: u64) -> (u64, Vec<Piece>) {
+        let mut out = Vec::new();
+        (cache.lookup(offset, length, &mut out), out)
+    }
+
+    #[test]
+    fn an_empty_cache_knows_nothing() {
+        let cache = Cache::new(10);
+        assert_eq!(looked_up(&cache, 0, u64::MAX), (0, vec![]));
+        assert_eq!(looked_up(&cache, u64::MAX, 0), (0, vec![]));
+    }
+
+    #[test]
+    fn a_lookup_is_cut_to_the_range() {
+        let mut cache = Cache::new(10);
+        assert!(cache.fill(0, 100, &[piece(100, place(1000, true))]));
+        assert_eq!(
+            looked_up(&cache, 110, 20),
+            (20, vec![piece(20, place(1010, true))])
+        );
+        assert_eq!(
+            looked_up(&cache, 190, 20),
+            (10, vec![piece(10, place(1090, true))])
+        );
+        assert_eq!(looked_up(&cache, 99, 20), (0, vec![]));
+        assert_eq!(looked_up(&cache, 200, 1), (0, vec![]));
+    }
+
+    #[test]
+    fn pieces_that_continue_are_one_entry() {
+        let mut cache = Cache::new(10);
+        cache.fill(
+            0,
+            10,
+            &[piece(10, place(10, true)), piece(10, place(20, true))],
+        );
+        cache.fill(0, 30, &[piece(10, place(30, true))]);
+        cache.fill(0, 0, &[piece(10, place(0, true))]);
+        assert_eq!(cache.len(), 1);
+        assert_eq!(looked_up(&cache, 0, 99), (40, vec![piece(40, WRITABLE)]));
+        cache.fill(
+            0,
+            40,
+            &[
+                piece(5, Target::Zero),
+                piece(5, Target::Zero),
+                piece(5, Target::Code),
+            ],
+        );
+        assert_eq!(cache.len(), 3);
+    }
+
+    #[test]
+    fn a_reader_does_not_mind_permissions() {
+        let mut cache = Cache::new(10);
+        cache.fill(0, 0, &[piece(10, WRITABLE), piece(10, place(10, false))]);
+        assert_eq!(looked_up(&cache, 0, 20), (20, vec![piece(20, READABLE)]));
+        let mut out = vec![piece(7, Target::Zero)];
+        assert_eq!(cache.lookup_writable(0, 20, &mut out), 10);
+        assert_eq!(out, [piece(7, Target::Zero), piece(10, WRITABLE)]);
+    }
+
+    #[test]
+    fn what_was_in_the_vector_before_is_not_merged_with() {
+        let mut cache = Cache::new(10);
+        cache.fill(0, 0, &[piece(10, Target::Zero)]);
+        let mut out = vec![piece(7, Target::Zero)];
+        assert_eq!(cache.lookup(0, 10, &mut out), 10);
+        assert_eq!(out, [piece(7, Target::Zero), piece(10, Target::Zero)]);
+    }
+
+    #[test]
+    fn a_change_cuts_a_hole() {
+        let mut cache = Cache::new(10);
+        cache.fill(0, 0, &[piece(100, WRITABLE)]);
+        cache.changed(40, 20);
+        assert_eq!((cache.sequence(), cache.len()), (1, 2));
+        assert_eq!(looked_up(&cache, 0, 100), (40, vec![piece(40, WRITABLE)]));
+        assert_eq!(
+            looked_up(&cache, 60, 100),
+            (40, vec![piece(40, place(60, true))])
+        );
+    }
+
+    #[test]
+    fn a_stale_answer_is_cut() {
+        let mut cache = Cache::new(10);
+        let before = cache.sequence();
+        cache.changed(40, 20);
+        assert!(cache.fill(before, 0, &[piece(100, WRITABLE)]));
+        assert_eq!(looked_up(&cache, 0, 100).0, 40);
+        assert_eq!(looked_up(&cache, 40, 20).0, 0);
+        assert_eq!(looked_up(&cache, 60, 40).0, 40);
+        assert!(cache.fill(cache.sequence(), 40, &[piece(20, place(40, true))]));
+        assert_eq!(looked_up(&cache, 0, 100), (100, vec![piece(100, WRITABLE)]));
+    }
+
+    #[test]
+    fn an_answer_older_than_the_history_is_refused() {
+        let mut cache = Cache::new(10);
+        for _ in 0..HISTORY_MAX {
+            cache.changed(1000, 1);
+        }
+        assert!(cache.fill(0, 0, &[piece(1, Target::Zero)]));
+        cache.changed(1000, 1);
+        assert!(!cache.fill(0, 5, &[piece(1, Target::Zero)]));
+        assert!(cache.fill(1, 7, &[piece(1, Target::Zero)]));
+        assert_eq!(cache.len(), 2);
+    }
+
+    #[test]
+    fn only_a_change_takes_permission_away() {
+        let mut cache = Cache::new(10);
+        cache.fill(0, 10, &[piece(10, place(10, true))]);
+        cache.fill(0, 0, &[piece(100, READABLE)]);
+        let mut out = Vec::new();
+        assert_eq!(cache.lookup_writable(10, 10, &mut out), 10);
+        assert_eq!(cache.lookup_writable(20, 1, &mut out), 0);
+        cache.fill(0, 10, &[piece(10, place(500, false))]);
+        assert_eq!(cache.lookup_writable(10, 10, &mut out), 0);
+    }
+
+    #[test]
+    fn everything_may_change() {
+        let mut cache = Cache::new(10);
+        cache.fill(0, 0, &[piece(u64::MAX, Target::Code)]);
+        assert_eq!(looked_up(&cache, 5, u64::MAX).0, u64::MAX - 5);
+        cache.changed(7, u64::MAX - 7);
+        assert_eq!(looked_up(&cache, 5, u64::MAX).0, 2);
+        cache.changed(0, u64::MAX);
+        assert_eq!(cache.len(), 0);
+    }
+
+    #[test]
+    fn ends_past_the_address_space_are_left_out() {
+        let mut cache = Cache::new(10);
+        assert!(cache.fill(
+            0,
+            u64::MAX - 9,
+            &[piece(5, Target::Zero), piece(5, Target::Zero)]
+        ));
+        assert_eq!(looked_up(&cache, u64::MAX - 9, 9).0, 5);
+        assert!(cache.fill(0, 0, &[piece(10, place(u64::MAX - 5, false))]));
+        assert_eq!(looked_up(&cache, 0, 10).0, 0);
+    }
+
+    #[test]
+    fn the_bound_holds() {
+        let mut cache = Cache::new(4);
+        let pieces: Vec<_> = (0..9).map(|i| piece(1, place(i * 100, true))).collect();
+        cache.fill(0, 0, &pieces);
+        assert_eq!((cache.len(), looked_up(&cache, 0, 9).0), (4, 4));
+        cache.fill(0, 100, &pieces[..3]);
+        assert_eq!((cache.len(), looked_up(&cache, 100, 3).0), (4, 3));
+        cache.clear();
+        cache.fill(0, 0, &[piece(1, Target::Code), piece(9, Target::Zero)]);
+        cache.fill(0, 20, &[piece(1, Target::Code), piece(9, Target::Zero)]);
+        cache.changed(5, 1);
+        assert_eq!(cache.len(), 4);
+    }
+
+    /// What every byte of a small disk lives at, the simplest way.
+    struct Model {
+        bytes: Vec<Option<Target>>,
+        changes: Vec<(u64, u64)>,
+    }
+
+    impl Model {
+        fn fill(&mut self, sequence: u64, offset: u64, pieces: &[Piece]) {
+            let mut position = offset;
+            for piece in pieces {
+                for distance in 0..piece.length {
+                    self.enter(
+                        sequence,
+                        position + distance,
+                        piece.target.advanced(distance),
+                    );
+                }
+                position += piece.length;
+            }
+        }
+
+        fn enter(&mut self, sequence: u64, position: u64, target: Option<Target>) {
+            let since = &self.changes[sequence as usize..];
+            let known = &mut self.bytes[position as usize];
+            if since
+                .iter()
+                .any(|(offset, length)| (*offset..offset + length).contains(&position))
+            {
+                *known = None;
+            } else if target.map(|target| target.with_writable(true)) != *known {
+                *known = target;
+            }
+        }
+
+        fn changed(&mut self, offset: u64, length: u64) {
+            self.changes.push((offset, length));
+            self.bytes[offset as usize..(offset + length) as usize].fill(None);
+        }
+    }
+
+    const DISK: u64 = 256;
+
+    fn random_range(random: &mut Random) -> (u64, u64) {
+        let offset = random.below(DISK);
+        (offset, 1 + random.below((DISK - offset).min(40)))
+    }
+
+    fn random_pieces(random: &mut Random, offset: u64, mut length: u64) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        let mut position = offset;
+        while length > 0 {
+            let part = 1 + random.below(length);
+            // Mostly one of two linear mappings, so that pieces often continue each other.
+            let target = match random.below(8) {
+                0 => Target::Zero,
+                1 => Target::Code,
+                kind => place(position + 1000 * (kind / 5), random.one_in(2)),
+            };
+            pieces.push(piece(part, target));
+            position += part;
+            length -= part;
+        }
+        pieces
+    }
+
+    /// Every byte of `pieces` is where the model says, and is writable only if it says so.
+    fn agree(model: &Model, offset: u64, pieces: &[Piece]) {
+        let mut position = offset;
+        for piece in pieces {
+            for distance in 0..piece.length {
+                let known = model.bytes[(position + distance) as usize].expect("known to both");
+                let found = piece.target.advanced(distance).expect("in bounds");
+                assert_eq!(known.with_writable(false), found.with_writable(false));
+                assert!(known.is_writable() || !found.is_writable());
+            }
+            position += piece.length;
+        }
+    }
+
+    /// What the cache knows is what the model knows; with `exact` it knows all that the model does.
+    fn compare(cache: &Cache, model: &Model, (offset, length): (u64, u64), exact: bool) {
+        let mut out = Vec::new();
+        let covered = cache.lookup(offset, length, &mut out);
+        assert_eq!(covered, out.iter().map(|piece| piece.length).sum::<u64>());
+        agree(model, offset, &out);
+
+        let mut out = Vec::new();
+        let overwritable = cache.lookup_writable(offset, length, &mut out);
+        assert_eq!(
+            overwritable,
+            out.iter().map(|piece| piece.length).sum::<u64>()
+        );
+        assert!(out.iter().all(|piece| piece.target.is_writable()));
+        agree(model, offset, &out);
+
+        if exact {
+            let known = &model.bytes[offset as usize..(offset + length) as usize];
+            let is_writable = |target: &&Option<Target>| target.is_some_and(Target::is_writable);
+            assert_eq!(
+                covered,
+                known.iter().take_while(|target| target.is_some()).count() as u64
+            );
+            assert_eq!(
+                overwritable,
+                known.iter().take_while(is_writable).count() as u64
+            );
+        }
+    }
+
+    fn check_entries(cache: &Cache) {
+        assert!(cache.len() <= cache.entries_max);
+        let mut end = 0;
+        let mut last: Option<Piece> = None;
+        for (&offset, piece) in &cache.entries {
+            assert!(piece.length > 0 && offset >= end);
+            if let Some(last) = last.filter(|_| offset == end) {
+                assert!(!last.continues_at(piece.target), "neighbours are merged");
+            }
+            (end, last) = (offset + piece.length, Some(*piece));
+        }
+    }
+
+    fn run(seed: u64, entries_max: usize, exact: bool) {
+        let mut random = Random(seed);
+        let mut cache = Cache::new(entries_max);
+        let mut model = Model {
+            bytes: vec![None; DISK as usize],
+            changes: Vec::new(),
+        };
+        let mut running: Vec<u64> = vec![0; 4];
+        for _ in 0..600 {
+            let (offset, length) = random_range(&mut random);
+            match random.below(4) {
+                0 => {
+                    cache.changed(offset, length);
+                    model.changed(offset, length);
+                }
+                1 => {
+                    let fault = random.below(4) as usize;
+                    running[fault] = cache.sequence();
+                }
+                2 => {
+                    let sequence = running[random.below(4) as usize];
+                    let pieces = random_pieces(&mut random, offset, length);
+                    let entered = cache.fill(sequence, offset, &pieces);
+                    assert!(entered, "the history is long enough for this test");
+                    model.fill(sequence, offset, &pieces[..pieces.len().min(entries_max)]);
+                }
+                _ => compare(&cache, &model, (offset, length), exact),
+            }
+            check_entries(&cache);
+            compare(&cache, &model, (0, DISK), exact);
+        }
+    }
+
+    #[test]
+    fn equals_the_model() {
+        for seed in 0..200 {
+            run(seed, usize::MAX, true);
+        }
+    }
+
+    #[test]
+    fn bounded_it_forgets_and_is_never_wrong() {
+        for seed in 0..200 {
+            run(seed, 1 + seed as usize % 12, false);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The handshake's side of the seam: the engine frames, Python decides.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex};
+
+use crate::export::Export;
+use crate::worker::{Inbox, Message};
+
+/// What a connection in its handshake has sent, whole.
+pub enum Said {
+    Open { peer: String },
+    Flags(u32),
+    Option { code: u32, data: Vec<u8> },
+    /// An option too long to take in; its data has been thrown away.
+    Oversized { code: u32, length: u32 },
+    Closed,
+}
+
+pub struct Event {
+    pub connection: u64,
+    pub inbox: Arc<Inbox>,
+    pub said: Said,
+}
+
+/// What Python decided. `data` is sent as it is.
+pub enum Action {
+    /// Go on with the next option.
+    Next { data: Vec<u8> },
+    /// The transmission phase begins.
+    Begin { data: Vec<u8>, export: Arc<Export>, structured: bool, contexts: Vec<(u32, String)> },
+    /// The connection ends.
+    End { data: Vec<u8> },
+}
+
+impl Event {
+    pub fn act(&self, action: Action) {
+        self.inbox.send(Message::Action(self.connection, action));
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    events: VecDeque<Event>,
+    stopping: bool,
+}
+
+/// Events that wait for Python.
+#[derive(Default)]
+pub struct Handshakes {
+    queue: Mutex<Queue>,
+    work: Condvar,
+}
+
+impl Handshakes {
+    pub fn push(&self, event: Event) {
+        self.queue.lock().unwrap().events.push_back(event);
+        self.work.notify_one();
+    }
+
+    /// The next event; None when the engine has stopped.
+    pub fn pop(&self) -> Option<Event> {
+        let mut queue = self.queue.lock().unwrap();
+        loop {
+            if let Some(event) = queue.events.pop_front() {
+                return Some(event);
+            }
+            if queue.stopping {
+                return None;
+            }
+            queue = self.work.wait(queue).unwrap();
+        }
+    }
+
+    pub fn stop(&self) {
+        self.queue.lock().unwrap().stopping = true;
+        self.work.notify_all();
+    }
+}

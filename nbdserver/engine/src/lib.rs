@@ -1,0 +1,732 @@
+//! The engine of nbdserver: it moves bytes. What they mean is decided in Python; this is the only file that knows Python.
+
+mod connection;
+mod engine;
+mod export;
+mod extents;
+mod fault;
+mod file;
+mod handshake;
+mod points;
+mod pool;
+#[cfg(test)]
+mod random;
+mod record;
+mod request;
+mod ring;
+mod server;
+mod threads;
+mod transfer;
+mod users;
+mod vector;
+mod wire;
+mod worker;
+
+use std::ops::Range;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice};
+use rustix::io::Errno;
+
+use crate::engine::{Backend, Settings};
+use crate::extents::{Piece, Target};
+use crate::fault::Step;
+use crate::handshake::{Action, Said};
+use crate::request::Failure;
+use crate::vector::Vector;
+
+fn os_error(errno: Errno) -> PyErr {
+    let error = std::io::Error::from(errno);
+    PyOSError::new_err((errno.raw_os_error(), error.to_string()))
+}
+
+/// Take over a descriptor that Python gives away.
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: the stub's contract is that the caller owns `fd` and will not use or close it after the call.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn seconds(value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value).map_err(|error| PyValueError::new_err(error.to_string()))
+}
+
+// -- memory ------------------------------------------------------------------------------------------------------
+
+/// Memory of the pool (or ordinary memory, when that is used up), seen from Python.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Slot {
+    slot: Arc<pool::Slot>,
+}
+
+#[pymethods]
+impl Slot {
+    #[getter]
+    fn view<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyMemoryView>> {
+        PyMemoryView::from(slf)
+    }
+
+    #[getter]
+    fn registration(&self) -> Option<(u32, u32, u32)> {
+        let registration = self.slot.registration()?;
+        Some((registration.pool, registration.slot, registration.generation))
+    }
+
+    fn __len__(&self) -> usize {
+        self.slot.len()
+    }
+
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: std::ffi::c_int,
+    ) -> PyResult<()> {
+        let slot = slf.get().slot.clone();
+        let (memory, length) = (slot.as_ptr(), slot.len());
+        // SAFETY: the view holds a reference to this object and this object holds the slot, so the memory outlives it.
+        let filled = unsafe {
+            let length = length as ffi::Py_ssize_t;
+            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), memory.cast(), length, 0, flags)
+        };
+        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+    }
+}
+
+/// The segments of a vector of Python's: slots as they are; other memory by way of a bounce buffer.
+struct Segments<'py> {
+    vector: Vector,
+    /// Ordinary memory, and which range of `vector` stands for it.
+    foreign: Vec<(PyBuffer<u8>, Range<usize>)>,
+    py: Python<'py>,
+}
+
+impl<'py> Segments<'py> {
+    fn of(engine: &engine::Engine, vector: &Bound<'py, PyAny>) -> PyResult<Segments<'py>> {
+        let mut segments = Vec::new();
+        let mut foreign = Vec::new();
+        let mut position = 0;
+        for segment in vector.getattr("segments")?.try_iter()? {
+            let (buffer, start, length): (Bound<'py, PyAny>, usize, usize) = segment?.extract()?;
+            let slice = PySlice::new(vector.py(), start as isize, (start + length) as isize, 1);
+            if let Ok(slot) = buffer.cast::<Slot>() {
+                let slot = slot.get().slot.clone();
+                let end = start.checked_add(length).filter(|end| *end <= slot.len());
+                let end = end.ok_or_else(|| PyValueError::new_err("a segment past its slot"))?;
+                segments.push((slot, start..end));
+            } else {
+                let memory = PyBuffer::<u8>::get(&buffer.getattr("view")?.get_item(slice)?)?;
+                foreign.push((memory, position..position + length));
+                let bounce = engine.pool.allocate_bounce(length);
+                for slot in bounce.ok_or_else(|| os_error(Errno::NOMEM))? {
+                    let range = 0..slot.len();
+                    segments.push((Arc::new(slot), range));
+                }
+            }
+            position += length;
+        }
+        Ok(Segments { vector: Vector::of(segments), foreign, py: vector.py() })
+    }
+
+    /// Copy ordinary memory into its bounce buffers, before a write.
+    fn bounce_in(&self) -> PyResult<()> {
+        for (memory, range) in &self.foreign {
+            let mut bytes = vec![0; range.len()];
+            memory.copy_to_slice(self.py, &mut bytes)?;
+            self.vector.fill(range.start, &bytes);
+        }
+        Ok(())
+    }
+
+    /// Copy bounce buffers out to the ordinary memory they stand for, after a read.
+    fn bounce_out(&self) -> PyResult<()> {
+        for (memory, range) in &self.foreign {
+            memory.copy_from_slice(self.py, &self.vector.to_vec(range.clone()))?;
+        }
+        Ok(())
+    }
+}
+
+// -- files -------------------------------------------------------------------------------------------------------
+
+/// An open file of the engine's: `nbdserver.extent.OpenFile`.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct File {
+    engine: Arc<engine::Engine>,
+    file: Arc<file::File>,
+}
+
+/// A place in use, for the time of a `with` block.
+#[pyclass(module = "nbdserver._engine")]
+struct Use {
+    engine: Arc<engine::Engine>,
+    place: (u32, u64, u64),
+    held: Option<users::Use>,
+}
+
+#[pymethods]
+impl Use {
+    fn __enter__(&mut self) {
+        let (file, offset, length) = self.place;
+        self.held = Some(self.engine.users.enter(self.engine.shard(), file, offset, length));
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&mut self, _exception: &Bound<'_, pyo3::types::PyTuple>) {
+        self.held = None;
+    }
+}
+
+impl File {
+    fn enter(&self, offset: u64, length: u64) -> users::Use {
+        self.engine.users.enter(self.engine.shard(), self.file.id, offset, length)
+    }
+}
+
+#[pymethods]
+impl File {
+    #[getter]
+    fn id(&self) -> u32 {
+        self.file.id
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.file.name
+    }
+
+    #[getter]
+    fn size(&self) -> PyResult<u64> {
+        self.file.size().map_err(os_error)
+    }
+
+    #[getter]
+    fn read_only(&self) -> bool {
+        self.file.read_only
+    }
+
+    fn read(&self, py: Python<'_>, offset: u64, vector: &Bound<'_, PyAny>) -> PyResult<()> {
+        let segments = Segments::of(&self.engine, vector)?;
+        let memory = &segments.vector;
+        py.detach(|| {
+            let _usage = self.enter(offset, memory.len() as u64);
+            self.file.read(offset, memory, 0..memory.len())
+        })
+        .map_err(os_error)?;
+        segments.bounce_out()
+    }
+
+    fn write(&self, py: Python<'_>, offset: u64, vector: &Bound<'_, PyAny>) -> PyResult<()> {
+        let segments = Segments::of(&self.engine, vector)?;
+        segments.bounce_in()?;
+        let memory = &segments.vector;
+        py.detach(|| {
+            let _usage = self.enter(offset, memory.len() as u64);
+            self.file.write(offset, memory, 0..memory.len())
+        })
+        .map_err(os_error)
+    }
+
+    #[pyo3(signature = (offset, length, *, may_unmap, no_fallback))]
+    fn zero(
+        &self,
+        py: Python<'_>,
+        offset: u64,
+        length: u64,
+        may_unmap: bool,
+        no_fallback: bool,
+    ) -> PyResult<()> {
+        py.detach(|| {
+            let _usage = self.enter(offset, length);
+            self.file.zero(offset, length, may_unmap, no_fallback)
+        })
+        .map_err(os_error)
+    }
+
+    fn discard(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
+        py.detach(|| {
+            let _usage = self.enter(offset, length);
+            self.file.discard(offset, length)
+        })
+        .map_err(os_error)
+    }
+
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.file.sync()).map_err(os_error)
+    }
+
+    fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
+        py.detach(|| self.file.resize(size)).map_err(os_error)
+    }
+
+    fn status(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<Vec<(u64, bool)>> {
+        py.detach(|| self.file.status(offset, length)).map_err(os_error)
+    }
+
+    fn r#use(&self, offset: u64, length: u64) -> Use {
+        Use { engine: self.engine.clone(), place: (self.file.id, offset, length), held: None }
+    }
+
+    fn wait_unused(&self, py: Python<'_>, offset: u64, length: u64) {
+        py.detach(|| self.engine.users.wait_unused(self.file.id, offset, length));
+    }
+
+    fn in_use(&self, offset: u64, length: u64) -> bool {
+        self.engine.users.in_use(self.file.id, offset, length)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.engine.close_file(self.file.id));
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = &self.file.counters;
+        let dict = PyDict::new(py);
+        dict.set_item("reads", counters.reads.load(Relaxed))?;
+        dict.set_item("writes", counters.writes.load(Relaxed))?;
+        dict.set_item("fixed", counters.fixed.load(Relaxed))?;
+        dict.set_item("plain", counters.plain.load(Relaxed))?;
+        dict.set_item("syncs", counters.syncs.load(Relaxed))?;
+        Ok(dict)
+    }
+}
+
+// -- exports -----------------------------------------------------------------------------------------------------
+
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Export {
+    export: Arc<export::Export>,
+}
+
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct DirtyLog {
+    export: Arc<export::Export>,
+    log: Arc<export::DirtyLog>,
+}
+
+#[pymethods]
+impl DirtyLog {
+    fn take(&self) -> Vec<(u64, u64)> {
+        self.log.take()
+    }
+
+    fn close(&self) {
+        self.export.remove_log(&self.log);
+    }
+}
+
+/// Extents as Python says them: (length, target, offset, writable), the target a file of the engine's, 0 for ZERO or
+/// 1 for CODE.
+fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
+    let mut pieces = Vec::new();
+    for leaf in leaves.try_iter()? {
+        let (length, target, offset, writable): (u64, Bound<'_, PyAny>, u64, bool) =
+            leaf?.extract()?;
+        let target = if let Ok(file) = target.cast::<File>() {
+            Target::File { file: file.get().file.id, offset, writable }
+        } else {
+            match target.extract::<u8>()? {
+                0 => Target::Zero,
+                1 => Target::Code,
+                other => return Err(PyValueError::new_err(format!("target {other}"))),
+            }
+        };
+        pieces.push(Piece { length, target });
+    }
+    Ok(pieces)
+}
+
+#[pymethods]
+impl Export {
+    #[getter]
+    fn id(&self) -> u32 {
+        self.export.id
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.export.size.load(Relaxed)
+    }
+
+    #[setter]
+    fn set_size(&self, size: u64) {
+        self.export.size.store(size, Relaxed);
+    }
+
+    #[getter]
+    fn sequence(&self) -> u64 {
+        self.export.sequence()
+    }
+
+    fn fill(&self, sequence: u64, offset: u64, leaves: &Bound<'_, PyAny>) -> PyResult<bool> {
+        Ok(self.export.fill(sequence, offset, &pieces(leaves)?))
+    }
+
+    fn changed(&self, offset: u64, length: u64) {
+        self.export.changed(offset, length);
+    }
+
+    fn clear(&self) {
+        self.export.clear();
+    }
+
+    fn drain_begin(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
+        let timeout = seconds(timeout)?;
+        Ok(py.detach(|| self.export.drain_begin(timeout)))
+    }
+
+    fn drain_end(&self) {
+        self.export.drain_end();
+    }
+
+    fn dirty_log(&self, granularity: u64) -> PyResult<DirtyLog> {
+        if !granularity.is_power_of_two() {
+            return Err(PyValueError::new_err("granularity is not a power of two"));
+        }
+        let log = Arc::new(export::DirtyLog::new(self.export.size.load(Relaxed), granularity));
+        self.export.add_log(log.clone());
+        Ok(DirtyLog { export: self.export.clone(), log })
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = &self.export.counters;
+        let dict = PyDict::new(py);
+        dict.set_item("reads", counters.reads.load(Relaxed))?;
+        dict.set_item("writes", counters.writes.load(Relaxed))?;
+        dict.set_item("bytes_read", counters.bytes_read.load(Relaxed))?;
+        dict.set_item("bytes_written", counters.bytes_written.load(Relaxed))?;
+        dict.set_item("hits", counters.hits.load(Relaxed))?;
+        dict.set_item("faults", counters.faults.load(Relaxed))?;
+        dict.set_item("resolve_calls", counters.resolve_calls.load(Relaxed))?;
+        dict.set_item("read_calls", counters.read_calls.load(Relaxed))?;
+        dict.set_item("write_calls", counters.write_calls.load(Relaxed))?;
+        dict.set_item("other_calls", counters.other_calls.load(Relaxed))?;
+        dict.set_item("extents", self.export.extents())?;
+        Ok(dict)
+    }
+}
+
+// -- faults ------------------------------------------------------------------------------------------------------
+
+/// A request that needs Python; see the stub.
+#[pyclass(module = "nbdserver._engine")]
+struct Fault {
+    fault: fault::Fault,
+    #[pyo3(get)]
+    export: u32,
+    /// The request's flags on the wire.
+    #[pyo3(get)]
+    flags: u16,
+    start: u64,
+}
+
+#[pymethods]
+impl Fault {
+    #[getter]
+    fn kind(&self) -> &'static str {
+        match self.fault.step {
+            Step::Resolve { .. } => "resolve",
+            Step::Read { .. } => "read",
+            Step::Write { .. } => "write",
+            Step::Zero { .. } => "zero",
+            Step::Trim { .. } => "trim",
+            Step::Status { .. } => "status",
+            Step::Flush => "flush",
+        }
+    }
+
+    /// (offset, length) of the range that is wanted.
+    #[getter]
+    fn range(&self) -> (u64, u64) {
+        match self.fault.step {
+            Step::Resolve { offset, length, .. }
+            | Step::Read { offset, length }
+            | Step::Write { offset, length, .. }
+            | Step::Zero { offset, length }
+            | Step::Trim { offset, length }
+            | Step::Status { offset, length } => (offset, length),
+            Step::Flush => (0, 0),
+        }
+    }
+
+    #[getter]
+    fn sequence(&self) -> u64 {
+        match self.fault.step {
+            Step::Resolve { sequence, .. } | Step::Write { sequence, .. } => sequence,
+            _ => 0,
+        }
+    }
+
+    #[getter]
+    fn contexts(&self) -> Vec<(u32, String)> {
+        let request = self.fault.request.as_ref();
+        request.map(|request| request.session.contexts.clone()).unwrap_or_default()
+    }
+
+    /// The request's memory for a range of the export: (slot, start, length) segments.
+    fn segments(&self, offset: u64, length: u64) -> PyResult<Vec<(Slot, usize, usize)>> {
+        let Some(request) = &self.fault.request else {
+            return Err(PyRuntimeError::new_err("the fault has been answered"));
+        };
+        let start = (offset - self.start) as usize;
+        let parts = request.vector.parts(start..start + length as usize);
+        Ok(parts
+            .map(|(slot, range)| (Slot { slot: slot.clone() }, range.start, range.len()))
+            .collect())
+    }
+
+    /// Go on after the step, of which `length` bytes are done. True: another step is wanted.
+    fn done(&mut self, py: Python<'_>, length: u64) -> bool {
+        let fault = &mut self.fault;
+        py.detach(|| {
+            fault.stepped(length);
+            fault.run()
+        })
+    }
+
+    /// Go on after extents were entered. True: another step is wanted.
+    fn again(&mut self, py: Python<'_>) -> bool {
+        let fault = &mut self.fault;
+        py.detach(|| fault.run())
+    }
+
+    fn fail(&mut self, errno: i32, message: String) {
+        self.fault.fail(Failure { errno, message });
+    }
+
+    fn status(&mut self, contexts: Vec<(u32, Vec<(u32, u32)>)>) {
+        self.fault.status(contexts);
+    }
+}
+
+// -- handshakes --------------------------------------------------------------------------------------------------
+
+/// Something that a connection in its handshake has sent; see the stub.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Event {
+    event: handshake::Event,
+    worker: usize,
+}
+
+#[pymethods]
+impl Event {
+    /// Unlike any other connection's, ever.
+    #[getter]
+    fn connection(&self) -> (usize, u64) {
+        (self.worker, self.event.connection)
+    }
+
+    #[getter]
+    fn kind(&self) -> &'static str {
+        match self.event.said {
+            Said::Open { .. } => "open",
+            Said::Flags(_) => "flags",
+            Said::Option { .. } => "option",
+            Said::Oversized { .. } => "oversized",
+            Said::Closed => "closed",
+        }
+    }
+
+    #[getter]
+    fn peer(&self) -> Option<&str> {
+        match &self.event.said {
+            Said::Open { peer } => Some(peer),
+            _ => None,
+        }
+    }
+
+    /// The client's flags, or the option's number.
+    #[getter]
+    fn code(&self) -> u32 {
+        match self.event.said {
+            Said::Flags(code) | Said::Option { code, .. } | Said::Oversized { code, .. } => code,
+            Said::Open { .. } | Said::Closed => 0,
+        }
+    }
+
+    /// The option's data.
+    #[getter]
+    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        match &self.event.said {
+            Said::Option { data, .. } => PyBytes::new(py, data),
+            _ => PyBytes::new(py, &[]),
+        }
+    }
+
+    /// The length of the option's data, also where that was thrown away.
+    #[getter]
+    fn length(&self) -> usize {
+        match &self.event.said {
+            Said::Option { data, .. } => data.len(),
+            Said::Oversized { length, .. } => *length as usize,
+            _ => 0,
+        }
+    }
+
+    fn next(&self, data: &[u8]) {
+        self.event.act(Action::Next { data: data.to_vec() });
+    }
+
+    fn begin(
+        &self,
+        data: &[u8],
+        export: &Bound<'_, Export>,
+        structured: bool,
+        contexts: Vec<(u32, String)>,
+    ) {
+        let export = export.get().export.clone();
+        self.event.act(Action::Begin { data: data.to_vec(), export, structured, contexts });
+    }
+
+    fn end(&self, data: &[u8]) {
+        self.event.act(Action::End { data: data.to_vec() });
+    }
+}
+
+// -- the engine --------------------------------------------------------------------------------------------------
+
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Engine {
+    engine: Arc<engine::Engine>,
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (*, workers, pool, backend, fault_threads, handshake_timeout, record=None))]
+    fn new(
+        workers: usize,
+        pool: usize,
+        backend: &str,
+        fault_threads: usize,
+        handshake_timeout: f64,
+        record: Option<String>,
+    ) -> PyResult<Engine> {
+        let backend = match backend {
+            "auto" => Backend::Auto,
+            "io_uring" => Backend::IoUring,
+            "threads" => Backend::Threads,
+            other => return Err(PyValueError::new_err(format!("no backend {other:?}"))),
+        };
+        if workers == 0 || fault_threads == 0 {
+            return Err(PyValueError::new_err("workers and fault_threads must be at least 1"));
+        }
+        let handshake_timeout = seconds(handshake_timeout)?;
+        let settings =
+            Settings { workers, pool, backend, fault_threads, handshake_timeout, record };
+        let engine = engine::Engine::new(&settings).map_err(|error| PyOSError::new_err(error.0))?;
+        Ok(Engine { engine })
+    }
+
+    #[getter]
+    fn backend(&self) -> &'static str {
+        if self.engine.refused.is_some() { "threads" } else { "io_uring" }
+    }
+
+    /// Why the backend is "threads", or None.
+    #[getter]
+    fn refused(&self) -> Option<String> {
+        self.engine.refused.clone()
+    }
+
+    #[getter]
+    fn connections(&self) -> usize {
+        self.engine.connections.load(Relaxed)
+    }
+
+    #[getter]
+    fn pool_free(&self) -> usize {
+        self.engine.pool.free_bytes()
+    }
+
+    #[getter]
+    fn pool_size(&self) -> usize {
+        self.engine.pool.size()
+    }
+
+    fn open_file(&self, fd: RawFd, name: String, read_only: bool) -> PyResult<File> {
+        let file = self.engine.open_file(owned(fd), name, read_only).map_err(os_error)?;
+        Ok(File { engine: self.engine.clone(), file })
+    }
+
+    fn new_export(&self, size: u64, read_only: bool) -> Export {
+        Export { export: self.engine.new_export(size, read_only) }
+    }
+
+    fn allocate(&self, length: usize) -> PyResult<Vec<Slot>> {
+        let slots = self.engine.pool.allocate_bounce(length);
+        let slots = slots.ok_or_else(|| os_error(Errno::NOMEM))?;
+        Ok(slots.into_iter().map(|slot| Slot { slot: Arc::new(slot) }).collect())
+    }
+
+    fn start(&self, listeners: Vec<RawFd>) -> PyResult<()> {
+        let listeners = listeners.into_iter().map(owned).collect();
+        self.engine.start(listeners).map_err(|error| PyOSError::new_err(error.0))
+    }
+
+    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let timeout = seconds(timeout)?;
+        py.detach(|| self.engine.stop(timeout));
+        Ok(())
+    }
+
+    fn take_fault(&self, py: Python<'_>) -> Option<Fault> {
+        let fault = py.detach(|| self.engine.faults.take())?;
+        let request = fault.request.as_ref()?;
+        let (export, flags) = (request.export.id, request.header.flags);
+        let start = request.header.offset;
+        Some(Fault { fault, export, flags, start })
+    }
+
+    fn take_event(&self, py: Python<'_>) -> Option<Event> {
+        let event = py.detach(|| self.engine.handshakes.pop())?;
+        let inboxes = &self.engine.inboxes;
+        let worker = inboxes.iter().position(|inbox| Arc::ptr_eq(inbox, &event.inbox))?;
+        Some(Event { event, worker })
+    }
+}
+
+// -- stop points ---------------------------------------------------------------------------------------------------
+
+/// A named point in the engine at which the next thread that passes is held: for deterministic tests.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Stop {
+    stop: points::Stop,
+}
+
+#[pymethods]
+impl Stop {
+    fn wait_reached(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
+        let timeout = seconds(timeout)?;
+        Ok(py.detach(|| self.stop.wait_reached(timeout)))
+    }
+
+    fn release(&self) {
+        self.stop.release();
+    }
+}
+
+#[pyfunction]
+fn stop_at(name: String) -> Stop {
+    Stop { stop: points::arm(&name) }
+}
+
+#[pymodule]
+fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Engine>()?;
+    module.add_class::<File>()?;
+    module.add_class::<Use>()?;
+    module.add_class::<Export>()?;
+    module.add_class::<DirtyLog>()?;
+    module.add_class::<Fault>()?;
+    module.add_class::<Event>()?;
+    module.add_class::<Slot>()?;
+    module.add_class::<Stop>()?;
+    module.add_function(wrap_pyfunction!(stop_at, module)?)?;
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! A request on its way through the engine, and the reply that ends it.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::export::{Export, Running};
+use crate::vector::Vector;
+use crate::wire::Header;
+use crate::worker::{Inbox, Message};
+
+/// What a connection negotiated, as its requests need it.
+pub struct Session {
+    pub inbox: Arc<Inbox>,
+    /// The connection's number within its worker; never used again.
+    pub connection: u64,
+    pub structured: bool,
+    /// Meta contexts as (identifier, name).
+    pub contexts: Vec<(u32, String)>,
+}
+
+pub struct Request {
+    pub header: Header,
+    pub export: Arc<Export>,
+    pub vector: Vector,
+    pub session: Arc<Session>,
+    /// Ranges of a read that are known to be zeroes, as (start, length); their memory is not filled.
+    pub holes: Vec<(usize, usize)>,
+    pub running: Running,
+}
+
+/// Why a request failed: an errno of the system, and words for clients that take them.
+pub struct Failure {
+    pub errno: i32,
+    pub message: String,
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Failure {
+        Failure { errno: errno.raw_os_error(), message: String::new() }
+    }
+}
+
+/// What a successful reply carries.
+pub enum Body {
+    None,
+    Data { vector: Vector, holes: Vec<(usize, usize)> },
+    /// Block status: per meta context its identifier and (length, flags) runs.
+    Status(Vec<(u32, Vec<(u32, u32)>)>),
+}
+
+pub struct Reply {
+    pub connection: u64,
+    pub cookie: u64,
+    pub offset: u64,
+    pub structured: bool,
+    /// Whether the answer must be one chunk (the DF flag).
+    pub whole: bool,
+    /// Bytes of memory the request held.
+    pub weight: usize,
+    pub result: Result<Body, Failure>,
+}
+
+impl Request {
+    /// Whether holes may be answered as holes.
+    pub fn takes_holes(&self) -> bool {
+        self.session.structured && self.header.flags & crate::wire::flag::DF == 0
+    }
+
+    /// End the request; its reply goes to whoever called, to be sent.
+    pub fn reply(self, result: Result<Body, Failure>) -> Reply {
+        Reply {
+            connection: self.session.connection,
+            cookie: self.header.cookie,
+            offset: self.header.offset,
+            structured: self.session.structured,
+            whole: self.header.flags & crate::wire::flag::DF != 0,
+            weight: self.vector.len(),
+            result,
+        }
+    }
+
+    /// The reply to a read whose memory and holes are complete.
+    pub fn reply_read(mut self) -> Reply {
+        let vector = std::mem::take(&mut self.vector);
+        let holes = std::mem::take(&mut self.holes);
+        let weight = vector.len();
+        let mut reply = self.reply(Ok(Body::Data { vector, holes }));
+        reply.weight = weight;
+        reply
+    }
+
+    /// End the request from another thread than its worker's.
+    pub fn finish(self, result: Result<Body, Failure>) {
+        let inbox = self.session.inbox.clone();
+        inbox.send(Message::Reply(self.reply(result)));
+    }
+
+    pub fn finish_read(self) {
+        let inbox = self.session.inbox.clone();
+        inbox.send(Message::Reply(self.reply_read()));
+    }
+}

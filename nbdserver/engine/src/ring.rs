@@ -1,0 +1,302 @@
+//! The io_uring backend: a ring a worker, the pool registered as fixed buffers, files registered as they are used.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use libc::iovec;
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use rustix::io::Errno;
+
+use crate::extents::FileId;
+use crate::file::{Counters, File};
+use crate::pool::Pool;
+use crate::record::Token;
+use crate::request::{Body, Reply, Request};
+use crate::transfer::Transfer;
+use crate::wire::command;
+
+/// Submission entries: more wait in `queued`.
+const ENTRIES: u32 = 256;
+/// The kernel refuses a registered buffer larger than this.
+pub const BUFFER_MAX: usize = 1 << 30;
+/// Files registered at once with one ring; others are used by their descriptor.
+const FILES_MAX: u32 = 1024;
+
+/// A request whose transfers are under way.
+struct Flight {
+    request: Request,
+    write: bool,
+    parts: Vec<Part>,
+    running: usize,
+    error: Option<Errno>,
+}
+
+struct Part {
+    transfer: Transfer,
+    token: Option<Token>,
+}
+
+#[derive(Default)]
+struct RegisteredFiles {
+    places: HashMap<FileId, u32>,
+    free: Vec<u32>,
+}
+
+pub struct Ring {
+    ring: IoUring,
+    flights: Vec<Option<Flight>>,
+    free: Vec<usize>,
+    queued: VecDeque<squeue::Entry>,
+    files: RegisteredFiles,
+}
+
+impl AsFd for Ring {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns its descriptor as long as it lives, and the borrow cannot outlive it.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Ring {
+    /// A ring with the pool registered. `like` is a ring that has registered it already: its registration is cloned,
+    /// so that the pages are counted against RLIMIT_MEMLOCK once.
+    pub fn new(pool: &Pool, like: Option<&Ring>) -> Result<Ring, (&'static str, std::io::Error)> {
+        let ring = IoUring::new(ENTRIES).map_err(|error| ("io_uring_setup", error))?;
+        let cloned = like.is_some_and(|other| {
+            ring.submitter().register_buffers_clone(other.ring.as_raw_fd()).is_ok()
+        });
+        if !cloned {
+            register(&ring, pool).map_err(|error| ("registering the buffer pool", error))?;
+        }
+        ring.submitter()
+            .register_files_sparse(FILES_MAX)
+            .map_err(|error| ("registering files", error))?;
+        let files =
+            RegisteredFiles { places: HashMap::new(), free: (0..FILES_MAX).rev().collect() };
+        Ok(Ring { ring, flights: Vec::new(), free: Vec::new(), queued: VecDeque::new(), files })
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.flights.len() == self.free.len()
+    }
+
+    /// Start the transfers of a read or write. There is at least one.
+    pub fn start(&mut self, request: Request, transfers: Vec<Transfer>) {
+        let write = request.header.command == command::WRITE;
+        let parts: Vec<Part> = transfers
+            .into_iter()
+            .map(|transfer| {
+                let token = if write {
+                    transfer.file.begin_write(
+                        transfer.offset,
+                        &request.vector,
+                        transfer.range.clone(),
+                    )
+                } else {
+                    None
+                };
+                Part { transfer, token }
+            })
+            .collect();
+        let running = parts.len();
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.flights.push(None);
+            self.flights.len() - 1
+        });
+        self.flights[index] = Some(Flight { request, write, parts, running, error: None });
+        for part in 0..running {
+            self.queue(index, part);
+        }
+    }
+
+    /// Queue the next contiguous piece of a part.
+    fn queue(&mut self, index: usize, part: usize) {
+        let flight = self.flights[index].as_mut().expect("a flight that is running");
+        let Part { transfer, .. } = &flight.parts[part];
+        let (slot, range) = flight
+            .request
+            .vector
+            .parts(transfer.range.clone())
+            .next()
+            .expect("a transfer that is not complete");
+        let length = range.len() as u32;
+        let buffer = slot.slice_mut(range.clone()).as_mut_ptr();
+        let fixed = slot
+            .registration()
+            .and_then(|_| slot.pool_offset())
+            .map(|offset| ((offset + range.start) / BUFFER_MAX) as u16);
+        let file = self.files.place(&self.ring, &transfer.file);
+        count(&transfer.file.counters, flight.write, fixed.is_some());
+        let entry = entry(flight.write, file, buffer, length, transfer.offset, fixed)
+            .user_data((index as u64) << 32 | part as u64);
+        self.queued.push_back(entry);
+    }
+
+    /// Hand what is queued to the kernel.
+    pub fn submit(&mut self) -> std::io::Result<()> {
+        while !self.queued.is_empty() {
+            {
+                let mut queue = self.ring.submission();
+                while !queue.is_full() {
+                    let Some(entry) = self.queued.pop_front() else { break };
+                    // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the
+                    // completion has been reaped; so do the file and the place it is in.
+                    unsafe { queue.push(&entry) }.expect("a submission queue with room");
+                }
+            }
+            match self.ring.submit() {
+                Ok(_) => {}
+                // The completion queue is full: reap first, submit at the next turn.
+                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => break,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Take in completions; the replies of the requests that ended with them go to `replies`.
+    pub fn reap(&mut self, replies: &mut Vec<Reply>) {
+        let done: Vec<(u64, i32)> = self
+            .ring
+            .completion()
+            .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
+            .collect();
+        for (data, result) in done {
+            self.completed((data >> 32) as usize, data as u32 as usize, result, replies);
+        }
+    }
+
+    fn completed(&mut self, index: usize, part: usize, result: i32, replies: &mut Vec<Reply>) {
+        let flight = self.flights[index].as_mut().expect("a completion for a flight");
+        let Flight { request, write, parts, running, error } = flight;
+        let Part { transfer, token } = &mut parts[part];
+        let ended = match result {
+            _ if result < 0 => match Errno::from_raw_os_error(-result) {
+                Errno::AGAIN | Errno::INTR => None,
+                errno => Some(Err(errno)),
+            },
+            0 if *write => Some(Err(Errno::NOSPC)),
+            0 => {
+                request.vector.zero(transfer.range.clone());
+                Some(Ok(()))
+            }
+            _ => {
+                transfer.advance(result as usize);
+                transfer.range.is_empty().then_some(Ok(()))
+            }
+        };
+        let Some(ended) = ended else {
+            self.queue(index, part);
+            return;
+        };
+        transfer.file.end(token.take(), ended);
+        *error = error.or(ended.err());
+        *running -= 1;
+        if *running == 0 {
+            let flight = self.flights[index].take().expect("the flight looked at");
+            self.free.push(index);
+            replies.push(flight.reply());
+        }
+    }
+
+    /// Let go of a file that is being closed.
+    pub fn forget(&mut self, file: FileId) {
+        if let Some(place) = self.files.places.remove(&file)
+            && self.ring.submitter().register_files_update(place, &[-1]).is_ok()
+        {
+            self.files.free.push(place);
+        }
+    }
+}
+
+impl Flight {
+    fn reply(self) -> Reply {
+        let Flight { request, write, parts, error, .. } = self;
+        drop(parts); // the places are no longer in use
+        match error {
+            Some(errno) => request.reply(Err(errno.into())),
+            None if write => {
+                request.export.written(request.header.offset, request.header.length);
+                request.reply(Ok(Body::None))
+            }
+            None => request.reply_read(),
+        }
+    }
+}
+
+impl RegisteredFiles {
+    /// Where `file` is registered, registering it at first use; None when there is no room.
+    fn place(&mut self, ring: &IoUring, file: &File) -> Target {
+        let descriptor = file.as_fd().as_raw_fd();
+        if let Some(place) = self.places.get(&file.id) {
+            return Target::Fixed(types::Fixed(*place));
+        }
+        let Some(place) = self.free.pop() else {
+            return Target::Plain(types::Fd(descriptor));
+        };
+        if ring.submitter().register_files_update(place, &[descriptor]).is_err() {
+            self.free.push(place);
+            return Target::Plain(types::Fd(descriptor));
+        }
+        self.places.insert(file.id, place);
+        Target::Fixed(types::Fixed(place))
+    }
+}
+
+enum Target {
+    Fixed(types::Fixed),
+    Plain(types::Fd),
+}
+
+fn entry(
+    write: bool,
+    target: Target,
+    buffer: *mut u8,
+    length: u32,
+    offset: u64,
+    fixed: Option<u16>,
+) -> squeue::Entry {
+    macro_rules! build {
+        ($file:expr) => {
+            match (write, fixed) {
+                (false, None) => opcode::Read::new($file, buffer, length).offset(offset).build(),
+                (true, None) => opcode::Write::new($file, buffer, length).offset(offset).build(),
+                (false, Some(index)) => {
+                    opcode::ReadFixed::new($file, buffer, length, index).offset(offset).build()
+                }
+                (true, Some(index)) => {
+                    opcode::WriteFixed::new($file, buffer, length, index).offset(offset).build()
+                }
+            }
+        };
+    }
+    match target {
+        Target::Fixed(place) => build!(place),
+        Target::Plain(descriptor) => build!(descriptor),
+    }
+}
+
+fn count(counters: &Counters, write: bool, fixed: bool) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let direction = if write { &counters.writes } else { &counters.reads };
+    direction.fetch_add(1, Relaxed);
+    let kind = if fixed { &counters.fixed } else { &counters.plain };
+    kind.fetch_add(1, Relaxed);
+}
+
+/// Register the pool, in entries of at most BUFFER_MAX; entry i begins at i * BUFFER_MAX.
+fn register(ring: &IoUring, pool: &Pool) -> std::io::Result<()> {
+    let (base, size) = pool.as_region();
+    let entries: Vec<iovec> = (0..size)
+        .step_by(BUFFER_MAX)
+        .map(|start| iovec {
+            iov_base: base.wrapping_add(start).cast(),
+            iov_len: BUFFER_MAX.min(size - start),
+        })
+        .collect();
+    // SAFETY: the region is mapped as long as the pool lives, and the engine keeps the pool longer than its rings.
+    unsafe { ring.submitter().register_buffers(&entries) }
+}
+

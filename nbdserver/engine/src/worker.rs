@@ -1,0 +1,871 @@
+//! A worker: one thread that serves a share of the connections, and never waits for long.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
+use crate::engine::Engine;
+use crate::export::count;
+use crate::extents::{FileId, Target};
+use crate::handshake::{Action, Event, Said};
+use crate::request::{Body, Failure, Reply, Request, Session};
+use crate::ring::Ring;
+use crate::transfer::{Transfer, plan};
+use crate::vector::Vector;
+use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
+
+/// The longest payload, of either direction.
+pub const PAYLOAD_MAX: u32 = 32 << 20;
+/// What one receive takes in: many small requests, or a large part of a payload.
+const RECEIVE: usize = 256 << 10;
+/// Receives for one connection before others have their turn.
+const RECEIVES_MAX: usize = 4;
+/// Requests of one connection under way at once; a client that sends more waits. Linux's own client has 128 tags.
+const REQUESTS_MAX: usize = 256;
+/// Bytes that the requests of one connection may hold at once (one request may always run).
+const WEIGHT_MAX: usize = 64 << 20;
+/// The longest option payload taken in; up to OPTION_SKIP_MAX it is thrown away and refused, beyond it the
+/// connection ends.
+const OPTION_MAX: u32 = 64 << 10;
+const OPTION_SKIP_MAX: u32 = 4 << 20;
+const OPTION_HEADER: usize = 16;
+const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
+const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03"; // FIXED_NEWSTYLE | NO_ZEROES
+/// How often deadlines are looked at.
+const TICK: Duration = Duration::from_millis(500);
+
+const INBOX: u64 = u64::MAX;
+const RING: u64 = u64::MAX - 1;
+/// A connection's token: its place in `connections`, and above that how often the place has been used.
+const PLACE_BITS: u32 = 24;
+
+pub enum Message {
+    Connect { socket: OwnedFd, peer: String },
+    Reply(Reply),
+    Action(u64, Action),
+    Forget(FileId, Arc<Latch>),
+    Wake,
+    Stop(Instant),
+}
+
+/// Waits until every other holder has let go.
+pub struct Latch {
+    held: Mutex<()>,
+    released: Condvar,
+}
+
+impl Latch {
+    pub fn new() -> Latch {
+        Latch { held: Mutex::new(()), released: Condvar::new() }
+    }
+
+    pub fn wait_alone(self: &Arc<Self>) {
+        let mut held = self.held.lock().unwrap();
+        while Arc::strong_count(self) > 1 {
+            held = self.released.wait_timeout(held, Duration::from_millis(1)).unwrap().0;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Letters {
+    messages: Vec<Message>,
+    closed: bool,
+}
+
+/// What other threads have for a worker.
+pub struct Inbox {
+    letters: Mutex<Letters>,
+    event: OwnedFd,
+    connections: AtomicUsize,
+}
+
+impl Inbox {
+    pub fn new() -> Result<Arc<Inbox>, Errno> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Inbox {
+            letters: Mutex::default(),
+            event,
+            connections: AtomicUsize::new(0),
+        }))
+    }
+
+    pub fn send(&self, message: Message) {
+        let mut letters = self.letters.lock().unwrap();
+        if letters.closed {
+            return;
+        }
+        letters.messages.push(message);
+        if letters.messages.len() == 1 {
+            rustix::io::write(&self.event, &1u64.to_ne_bytes()).expect("an eventfd takes a one");
+        }
+    }
+
+    pub fn wake(&self) {
+        self.send(Message::Wake);
+    }
+
+    /// Take no more: the worker has ended.
+    pub fn close(&self) {
+        let mut letters = self.letters.lock().unwrap();
+        letters.closed = true;
+        letters.messages.clear();
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Relaxed)
+    }
+
+    /// A connection is on its way.
+    pub fn adopt(&self) {
+        self.connections.fetch_add(1, Relaxed);
+    }
+
+    fn take(&self) -> Vec<Message> {
+        let mut letters = self.letters.lock().unwrap();
+        if letters.messages.is_empty() {
+            return Vec::new();
+        }
+        // The counter only wakes: that it was read already is no error.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        std::mem::take(&mut letters.messages)
+    }
+}
+
+pub struct Worker {
+    engine: Arc<Engine>,
+    index: usize,
+    inbox: Arc<Inbox>,
+    epoll: OwnedFd,
+    ring: Option<Ring>,
+    connections: Vec<Option<Box<Connection>>>,
+    free: Vec<usize>,
+    used: u64,
+    open: usize,
+    /// Connections that have something to send or to resume when the batch is over.
+    dirty: Vec<u64>,
+    stalled: Vec<u64>,
+    scratch: Vec<u8>,
+    head: Vec<u8>,
+    stopping: Option<Instant>,
+    ticked: Instant,
+}
+
+/// What became of a request that a worker began.
+enum Began {
+    Answered(Reply),
+    /// Its reply comes by the inbox, or from the ring.
+    Later,
+}
+
+impl Worker {
+    pub fn new(engine: Arc<Engine>, index: usize, ring: Option<Ring>) -> std::io::Result<Worker> {
+        let inbox = engine.inboxes[index].clone();
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &inbox.event, EventData::new_u64(INBOX), EventFlags::IN)?;
+        if let Some(ring) = &ring {
+            epoll::add(&epoll, ring.as_fd(), EventData::new_u64(RING), EventFlags::IN)?;
+        }
+        Ok(Worker {
+            engine,
+            index,
+            inbox,
+            epoll,
+            ring,
+            connections: Vec::new(),
+            free: Vec::new(),
+            used: 0,
+            open: 0,
+            dirty: Vec::new(),
+            stalled: Vec::new(),
+            scratch: vec![0; RECEIVE],
+            head: Vec::new(),
+            stopping: None,
+            ticked: Instant::now(),
+        })
+    }
+
+    pub fn run(mut self) {
+        let mut events = Vec::with_capacity(64);
+        while !self.finished() {
+            events.clear();
+            let tick = Timespec::try_from(TICK).expect("half a second");
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&tick)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => panic!("epoll_wait: {errno}"),
+            }
+            for event in &events {
+                match event.data.u64() {
+                    INBOX | RING => {}
+                    token => self.ready(token, event.flags),
+                }
+            }
+            self.take_messages();
+            self.reap();
+            self.tidy();
+            self.tick();
+        }
+    }
+
+    fn finished(&self) -> bool {
+        let Some(deadline) = self.stopping else { return false };
+        let busy = self.open > 0 || self.ring.as_ref().is_some_and(|ring| !ring.is_idle());
+        !busy || Instant::now() >= deadline && self.ring.as_ref().is_none_or(Ring::is_idle)
+    }
+
+    // -- connections -----------------------------------------------------------------------------------------
+
+    fn connect(&mut self, socket: OwnedFd, peer: String) {
+        if self.stopping.is_some() {
+            self.inbox.connections.fetch_sub(1, Relaxed);
+            return;
+        }
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.connections.push(None);
+            self.connections.len() - 1
+        });
+        self.used += 1;
+        let token = self.used << PLACE_BITS | place as u64;
+        let mut outgoing = Outgoing::default();
+        outgoing.bytes(GREETING.to_vec());
+        let connection = Connection {
+            socket,
+            token,
+            peer: peer.clone(),
+            phase: Phase::Flags,
+            deadline: Instant::now() + self.engine.handshake_timeout,
+            input: Vec::new(),
+            skip: 0,
+            payload: None,
+            ticket: None,
+            parked: None,
+            stalled: false,
+            deaf: false,
+            closing: false,
+            outgoing,
+            requests: 0,
+            weight: 0,
+            interest: EventFlags::empty(),
+            dirty: false,
+        };
+        let data = EventData::new_u64(token);
+        if epoll::add(&self.epoll, &connection.socket, data, EventFlags::empty()).is_err() {
+            self.inbox.connections.fetch_sub(1, Relaxed);
+            self.free.push(place);
+            return;
+        }
+        self.engine.connections.fetch_add(1, Relaxed);
+        self.open += 1;
+        self.tell(token, Said::Open { peer });
+        self.put_back(Box::new(connection));
+    }
+
+    /// Take a connection out of its place, to work on it. None: it has gone.
+    fn take_out(&mut self, token: u64) -> Option<Box<Connection>> {
+        let place = (token & ((1 << PLACE_BITS) - 1)) as usize;
+        let slot = self.connections.get_mut(place)?;
+        if slot.as_ref()?.token == token { slot.take() } else { None }
+    }
+
+    fn put_back(&mut self, mut connection: Box<Connection>) {
+        if !connection.dirty {
+            connection.dirty = true;
+            self.dirty.push(connection.token);
+        }
+        let place = (connection.token & ((1 << PLACE_BITS) - 1)) as usize;
+        self.connections[place] = Some(connection);
+    }
+
+    fn close(&mut self, connection: Box<Connection>) {
+        self.free.push((connection.token & ((1 << PLACE_BITS) - 1)) as usize);
+        self.open -= 1;
+        self.engine.connections.fetch_sub(1, Relaxed);
+        self.inbox.connections.fetch_sub(1, Relaxed);
+        self.tell(connection.token, Said::Closed);
+    }
+
+    fn tell(&self, connection: u64, said: Said) {
+        self.engine.handshakes.push(Event { connection, inbox: self.inbox.clone(), said });
+    }
+
+    fn ready(&mut self, token: u64, flags: EventFlags) {
+        let Some(mut connection) = self.take_out(token) else { return };
+        let gone = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+        let mut readable = flags.contains(EventFlags::IN);
+        while readable && !connection.deaf && !connection.stalled {
+            if self.receive(&mut connection).is_err() {
+                return self.close(connection);
+            }
+            // Nothing can be answered where both directions are gone, but what was sent before is still done.
+            readable = gone && !matches!(connection.phase, Phase::Deciding);
+        }
+        if gone { self.close(connection) } else { self.put_back(connection) }
+    }
+
+    /// Take in what has arrived and begin what is whole. Err: the connection is over.
+    fn receive(&mut self, connection: &mut Connection) -> Result<(), ()> {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let result = self.receive_into(connection, &mut scratch);
+        self.scratch = scratch;
+        result
+    }
+
+    fn receive_into(
+        &mut self,
+        connection: &mut Connection,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), ()> {
+        for _ in 0..RECEIVES_MAX {
+            if connection.stalled || connection.deaf || connection.closing {
+                break;
+            }
+            if matches!(connection.phase, Phase::Deciding) {
+                break;
+            }
+            let direct = connection.payload.is_some();
+            let kept = connection.input.len();
+            let received = if let Some(payload) = &mut connection.payload {
+                receive_payload(&connection.socket, payload)
+            } else {
+                if scratch.len() < kept + REQUEST_SIZE {
+                    scratch.resize(kept + RECEIVE, 0);
+                }
+                scratch[..kept].copy_from_slice(&connection.input);
+                recv(&connection.socket, &mut scratch[kept..], RecvFlags::empty()).map(|got| got.0)
+            };
+            let got = match received {
+                Ok(0) => {
+                    connection.deaf = true;
+                    break;
+                }
+                Ok(got) => got,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => continue,
+                Err(_) => return Err(()),
+            };
+            if direct {
+                let payload = connection.payload.as_mut().expect("the payload received into");
+                payload.filled += got;
+                if payload.filled == payload.vector.len() {
+                    let payload = connection.payload.take().expect("the payload received into");
+                    self.begin(connection, payload.header, payload.vector);
+                }
+                continue;
+            }
+            connection.input.clear();
+            let total = kept + got;
+            let consumed = self.parse(connection, &scratch[..total])?;
+            connection.input.extend_from_slice(&scratch[consumed..total]);
+            if total < scratch.len() {
+                break; // the socket is empty, or will say so again
+            }
+        }
+        Ok(())
+    }
+
+    /// Parse what was kept, after whatever held it up has passed.
+    fn resume(&mut self, connection: &mut Connection) -> Result<(), ()> {
+        connection.stalled = false;
+        if let Some((header, vector)) = connection.parked.take() {
+            self.begin(connection, header, vector);
+        }
+        let input = std::mem::take(&mut connection.input);
+        let consumed = self.parse(connection, &input)?;
+        connection.input.extend_from_slice(&input[consumed..]);
+        Ok(())
+    }
+
+    /// Begin everything in `data` that is whole; how many bytes that was. Err: the connection is over.
+    fn parse(&mut self, connection: &mut Connection, data: &[u8]) -> Result<usize, ()> {
+        let mut position = 0;
+        loop {
+            let rest = &data[position..];
+            if connection.skip > 0 {
+                let skipped = connection.skip.min(rest.len() as u64);
+                connection.skip -= skipped;
+                position += skipped as usize;
+                if connection.skip > 0 {
+                    return Ok(position);
+                }
+                continue;
+            }
+            let consumed = match &connection.phase {
+                _ if connection.stalled || connection.closing => None,
+                Phase::Deciding => None,
+                Phase::Flags => self.parse_flags(connection, rest),
+                Phase::Options => self.parse_option(connection, rest)?,
+                Phase::Transmission(session, export) => {
+                    let (session, export) = (session.clone(), export.clone());
+                    self.parse_request(connection, &session, &export, rest)?
+                }
+            };
+            match consumed {
+                Some(count) => position += count,
+                None => return Ok(position),
+            }
+        }
+    }
+
+    // -- the handshake ---------------------------------------------------------------------------------------
+
+    fn parse_flags(&mut self, connection: &mut Connection, data: &[u8]) -> Option<usize> {
+        let flags = u32::from_be_bytes(data.get(..4)?.try_into().expect("four bytes"));
+        connection.phase = Phase::Deciding;
+        self.tell(connection.token, Said::Flags(flags));
+        Some(4)
+    }
+
+    fn parse_option(
+        &mut self,
+        connection: &mut Connection,
+        data: &[u8],
+    ) -> Result<Option<usize>, ()> {
+        let Some(header) = data.get(..OPTION_HEADER) else { return Ok(None) };
+        let magic = u64::from_be_bytes(header[..8].try_into().expect("eight bytes"));
+        let code = u32::from_be_bytes(header[8..12].try_into().expect("four bytes"));
+        let length = u32::from_be_bytes(header[12..].try_into().expect("four bytes"));
+        if magic != OPTION_MAGIC || length > OPTION_SKIP_MAX {
+            return Err(());
+        }
+        if length > OPTION_MAX {
+            connection.phase = Phase::Deciding;
+            connection.skip = u64::from(length);
+            self.tell(connection.token, Said::Oversized { code, length });
+            return Ok(Some(OPTION_HEADER));
+        }
+        let end = OPTION_HEADER + length as usize;
+        let Some(payload) = data.get(OPTION_HEADER..end) else { return Ok(None) };
+        connection.phase = Phase::Deciding;
+        self.tell(connection.token, Said::Option { code, data: payload.to_vec() });
+        Ok(Some(end))
+    }
+
+    fn act(&mut self, token: u64, action: Action) {
+        let Some(mut connection) = self.take_out(token) else { return };
+        match action {
+            Action::Next { data } => {
+                connection.outgoing.bytes(data);
+                connection.phase = Phase::Options;
+            }
+            Action::Begin { data, export, structured, contexts } => {
+                connection.outgoing.bytes(data);
+                let inbox = self.inbox.clone();
+                let session = Session { inbox, connection: token, structured, contexts };
+                connection.phase = Phase::Transmission(Arc::new(session), export);
+            }
+            Action::End { data } => {
+                connection.outgoing.bytes(data);
+                connection.closing = true;
+            }
+        }
+        match self.resume(&mut connection) {
+            Ok(()) => self.put_back(connection),
+            Err(()) => self.close(connection),
+        }
+    }
+
+    // -- the transmission phase ------------------------------------------------------------------------------
+
+    fn parse_request(
+        &mut self,
+        connection: &mut Connection,
+        session: &Arc<Session>,
+        export: &crate::export::Export,
+        data: &[u8],
+    ) -> Result<Option<usize>, ()> {
+        let Some(bytes) = data.first_chunk::<REQUEST_SIZE>() else { return Ok(None) };
+        let full = connection.requests >= REQUESTS_MAX || connection.weight >= WEIGHT_MAX;
+        if full {
+            connection.stalled = true;
+            return Ok(None);
+        }
+        let header = match connection.ticket.take() {
+            Some((header, ticket)) => {
+                let Some(slots) = self.engine.pool.claim(&ticket) else {
+                    connection.ticket = Some((header, ticket));
+                    self.stall(connection);
+                    return Ok(None);
+                };
+                let vector = Vector::new(slots);
+                return Ok(Some(self.take_request(connection, header, vector, data)));
+            }
+            None => wire::parse_request(bytes).map_err(|_| ())?,
+        };
+        let rules = Rules {
+            size: export.size.load(Relaxed),
+            read_only: export.read_only,
+            payload_max: PAYLOAD_MAX,
+            block_min: 1,
+            structured: session.structured,
+            block_status: !session.contexts.is_empty(),
+        };
+        match wire::judge(&header, &rules) {
+            Verdict::Fatal(_) => return Err(()),
+            Verdict::Error(error, why) => {
+                self.refuse(connection, session, &header, error, why);
+                return Ok(Some(REQUEST_SIZE));
+            }
+            Verdict::ErrorDrain(error, why) => {
+                self.refuse(connection, session, &header, error, why);
+                connection.skip = header.length;
+                return Ok(Some(REQUEST_SIZE));
+            }
+            Verdict::Run => {}
+        }
+        if header.command == command::DISC {
+            connection.deaf = true;
+            return Ok(None);
+        }
+        let memory = match header.command {
+            command::READ | command::WRITE => header.length as usize,
+            _ => 0,
+        };
+        if memory == 0 {
+            return Ok(Some(self.take_request(connection, header, Vector::default(), data)));
+        }
+        let Some(slots) = self.engine.pool.allocate(memory) else {
+            let inbox = self.inbox.clone();
+            let waker = Arc::new(move || inbox.wake());
+            connection.ticket = Some((header, self.engine.pool.enqueue(memory, waker)));
+            self.stall(connection);
+            return Ok(None);
+        };
+        Ok(Some(self.take_request(connection, header, Vector::new(slots), data)))
+    }
+
+    /// A request that has its memory: take what has come of its payload, and begin it when it is whole. Returns how
+    /// much of `data`, which starts with the header, that was.
+    fn take_request(
+        &mut self,
+        connection: &mut Connection,
+        header: Header,
+        vector: Vector,
+        data: &[u8],
+    ) -> usize {
+        connection.requests += 1;
+        connection.weight += vector.len();
+        if header.command != command::WRITE {
+            self.begin(connection, header, vector);
+            return REQUEST_SIZE;
+        }
+        let here = &data[REQUEST_SIZE..];
+        let here = &here[..here.len().min(vector.len())];
+        vector.fill(0, here);
+        if here.len() == vector.len() {
+            self.begin(connection, header, vector);
+        } else {
+            connection.payload = Some(Payload { header, vector, filled: here.len() });
+        }
+        REQUEST_SIZE + here.len()
+    }
+
+    fn refuse(
+        &mut self,
+        connection: &mut Connection,
+        session: &Session,
+        header: &Header,
+        error: u32,
+        why: &str,
+    ) {
+        connection.requests += 1;
+        let reply = Reply {
+            connection: connection.token,
+            cookie: header.cookie,
+            offset: header.offset,
+            structured: session.structured,
+            whole: false,
+            weight: 0,
+            result: Err(Failure { errno: error as i32, message: why.to_owned() }),
+        };
+        connection.outgoing.reply(reply, &mut self.head);
+    }
+
+    fn stall(&mut self, connection: &mut Connection) {
+        connection.stalled = true;
+        self.stalled.push(connection.token);
+    }
+
+    /// Run a request as far as it goes without waiting.
+    fn begin(&mut self, connection: &mut Connection, header: Header, vector: Vector) {
+        let Phase::Transmission(session, export) = &connection.phase else {
+            unreachable!("a request outside the transmission phase");
+        };
+        let Some(running) = export.enter() else {
+            let opened = !export.park(&self.inbox);
+            connection.parked = Some((header, vector));
+            self.stall(connection);
+            if opened {
+                self.inbox.wake();
+            }
+            return;
+        };
+        let request = Request {
+            header,
+            export: export.clone(),
+            vector,
+            session: session.clone(),
+            holes: Vec::new(),
+            running,
+        };
+        if let Began::Answered(reply) = self.start(request) {
+            connection.outgoing.reply(reply, &mut self.head);
+        }
+    }
+
+    fn start(&mut self, request: Request) -> Began {
+        let counters = &request.export.counters;
+        let length = request.header.length;
+        match request.header.command {
+            command::READ => {
+                count(&counters.reads, 1);
+                count(&counters.bytes_read, length);
+                self.read(request)
+            }
+            command::WRITE => {
+                count(&counters.writes, 1);
+                count(&counters.bytes_written, length);
+                self.write(request)
+            }
+            _ => self.fault(request),
+        }
+    }
+
+    fn fault(&self, request: Request) -> Began {
+        self.engine.faults.push(&self.engine, request);
+        Began::Later
+    }
+
+    fn read(&mut self, mut request: Request) -> Began {
+        let Header { offset, length, .. } = request.header;
+        let mut places = Vec::new();
+        let users = &self.engine.users;
+        let covered =
+            request.export.readable(users, self.index, (offset, length), &mut places);
+        if covered < length || places.iter().any(|place| place.piece.target == Target::Code) {
+            drop(places);
+            return self.fault(request);
+        }
+        count(&request.export.counters.hits, 1);
+        crate::points::reached("worker.read");
+        let mut transfers = Vec::new();
+        if let Err(errno) = plan(&mut request, &self.engine.files, 0, places, &mut transfers) {
+            return Began::Answered(request.reply(Err(errno.into())));
+        }
+        for index in 0..transfers.len() {
+            match transfers[index].read_nowait(&request) {
+                Ok(true) => {}
+                Ok(false) => {
+                    transfers.drain(..index);
+                    return self.offload(request, transfers);
+                }
+                Err(errno) => {
+                    drop(transfers);
+                    return Began::Answered(request.reply(Err(errno.into())));
+                }
+            }
+        }
+        drop(transfers);
+        Began::Answered(request.reply_read())
+    }
+
+    fn write(&mut self, mut request: Request) -> Began {
+        let Header { offset, length, flags, .. } = request.header;
+        if flags & wire::flag::FUA != 0 {
+            return self.fault(request);
+        }
+        let mut places = Vec::new();
+        let users = &self.engine.users;
+        let covered =
+            request.export.writable(users, self.index, (offset, length), &mut places);
+        if covered < length {
+            drop(places);
+            return self.fault(request);
+        }
+        count(&request.export.counters.hits, 1);
+        crate::points::reached("worker.write");
+        let mut transfers = Vec::new();
+        if let Err(errno) = plan(&mut request, &self.engine.files, 0, places, &mut transfers) {
+            return Began::Answered(request.reply(Err(errno.into())));
+        }
+        if transfers.iter().any(|transfer| transfer.file.writes_slowly()) {
+            return self.offload(request, transfers);
+        }
+        let result = transfers.iter().try_for_each(|transfer| transfer.run(&request, true));
+        drop(transfers);
+        if result.is_ok() {
+            request.export.written(offset, length);
+        }
+        Began::Answered(request.reply(result.map(|()| Body::None).map_err(Into::into)))
+    }
+
+    /// What would block: to the ring, or to a thread.
+    fn offload(&mut self, request: Request, transfers: Vec<Transfer>) -> Began {
+        match &mut self.ring {
+            Some(ring) => ring.start(request, transfers),
+            None => self.engine.threads.as_ref().expect("one of the two").submit(request, transfers),
+        }
+        Began::Later
+    }
+
+    // -- everything else -------------------------------------------------------------------------------------
+
+    fn take_messages(&mut self) {
+        for message in self.inbox.take() {
+            match message {
+                Message::Connect { socket, peer } => self.connect(socket, peer),
+                Message::Reply(reply) => self.answer(reply),
+                Message::Action(token, action) => self.act(token, action),
+                Message::Forget(file, latch) => {
+                    if let Some(ring) = &mut self.ring {
+                        ring.forget(file);
+                    }
+                    drop(latch);
+                }
+                Message::Wake => self.wake(),
+                Message::Stop(deadline) => self.stop(deadline),
+            }
+        }
+    }
+
+    fn answer(&mut self, reply: Reply) {
+        if let Some(mut connection) = self.take_out(reply.connection) {
+            connection.outgoing.reply(reply, &mut self.head);
+            self.put_back(connection);
+        }
+    }
+
+    fn wake(&mut self) {
+        for token in std::mem::take(&mut self.stalled) {
+            let Some(mut connection) = self.take_out(token) else { continue };
+            match self.resume(&mut connection) {
+                Ok(()) => self.put_back(connection),
+                Err(()) => self.close(connection),
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        let mut replies = Vec::new();
+        ring.reap(&mut replies);
+        ring.submit().expect("io_uring_enter on a ring of ours");
+        for reply in replies {
+            self.answer(reply);
+        }
+    }
+
+    /// Send what the batch has produced, resume who was waiting for that, and see to what epoll is asked.
+    fn tidy(&mut self) {
+        while let Some(token) = self.dirty.pop() {
+            let Some(mut connection) = self.take_out(token) else { continue };
+            connection.dirty = false;
+            match self.tidy_one(&mut connection) {
+                Ok(true) => {
+                    let place = (token & ((1 << PLACE_BITS) - 1)) as usize;
+                    self.connections[place] = Some(connection);
+                }
+                Ok(false) | Err(()) => self.close(connection),
+            }
+        }
+        // Resuming may have queued operations.
+        if let Some(ring) = &mut self.ring {
+            ring.submit().expect("io_uring_enter on a ring of ours");
+        }
+    }
+
+    /// False or Err: the connection is over.
+    fn tidy_one(&mut self, connection: &mut Connection) -> Result<bool, ()> {
+        let waits_for_room = |connection: &Connection| {
+            connection.stalled && connection.ticket.is_none() && connection.parked.is_none()
+        };
+        loop {
+            let Connection { outgoing, socket, requests, weight, .. } = &mut *connection;
+            let sent = outgoing.send(socket, |bytes| {
+                *requests -= 1;
+                *weight -= bytes;
+            });
+            let room = connection.requests < REQUESTS_MAX && connection.weight < WEIGHT_MAX;
+            match sent {
+                Err(_) => return Err(()),
+                Ok(_) if waits_for_room(connection) && room => self.resume(connection)?,
+                Ok(Sent::All | Sent::Blocked) => break,
+            }
+        }
+        if connection.deaf && !connection.stalled {
+            connection.drop_payload();
+        }
+        let silent = connection.outgoing.is_empty();
+        if connection.closing && silent {
+            return Ok(false);
+        }
+        let working = connection.requests > 0
+            || connection.stalled
+            || matches!(connection.phase, Phase::Deciding);
+        if connection.deaf && silent && !working {
+            return Ok(false);
+        }
+        self.ask(connection)
+    }
+
+    fn ask(&self, connection: &mut Connection) -> Result<bool, ()> {
+        let listening = !connection.deaf
+            && !connection.stalled
+            && !connection.closing
+            && !matches!(connection.phase, Phase::Deciding);
+        let mut interest = EventFlags::empty();
+        interest.set(EventFlags::IN, listening);
+        interest.set(EventFlags::OUT, !connection.outgoing.is_empty());
+        if interest != connection.interest {
+            let data = EventData::new_u64(connection.token);
+            epoll::modify(&self.epoll, &connection.socket, data, interest).map_err(|_| ())?;
+            connection.interest = interest;
+        }
+        Ok(true)
+    }
+
+    /// Look at deadlines.
+    fn tick(&mut self) {
+        let now = Instant::now();
+        if now - self.ticked < TICK {
+            return;
+        }
+        self.ticked = now;
+        for place in 0..self.connections.len() {
+            let late = self.connections[place].as_ref().is_some_and(|connection| {
+                !matches!(connection.phase, Phase::Transmission(..)) && connection.deadline <= now
+            });
+            if late {
+                let connection = self.connections[place].take().expect("the one looked at");
+                self.close(connection);
+            }
+        }
+    }
+
+    /// Read no more; what was taken is finished and answered. Handshakes just end.
+    fn stop(&mut self, deadline: Instant) {
+        self.stopping = Some(deadline);
+        for place in 0..self.connections.len() {
+            let Some(mut connection) = self.connections[place].take() else { continue };
+            connection.deaf = true;
+            if matches!(connection.phase, Phase::Transmission(..)) {
+                self.put_back(connection);
+            } else {
+                self.close(connection);
+            }
+        }
+    }
+}
+
+/// Receive more of a payload, straight into its memory.
+fn receive_payload(socket: &OwnedFd, payload: &mut Payload) -> Result<usize, Errno> {
+    let left = payload.filled..payload.vector.len();
+    let (slot, part) = payload.vector.parts(left).next().expect("a payload that is not whole");
+    recv(socket, slot.slice_mut(part), RecvFlags::empty()).map(|got| got.0)
+}

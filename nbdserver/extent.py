@@ -1,0 +1,158 @@
+"""Extents: where a range of a disk lives, and the law every answer of ``resolve`` obeys.
+
+An extent is a page-table entry::
+
+    disk range  ->  (child layer, offset) | (open file, offset) | ZERO | CODE   [+ writable]
+
+``CODE`` means "call the layer": the bytes exist only through its ``read`` and ``write``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from nbdserver.layer import Layer
+    from nbdserver.request import Vector
+
+#: A number of bytes among a layer's keys: in ``exports.toml`` an integer, or a string with a unit, "64K", "1G".
+Size = Annotated[int, "size"]
+
+
+class Intent(Enum):
+    """What the asker is going to do with the place it is told."""
+
+    READ = "read"
+    #: What may be overwritten in place with no metadata change. The same place READ names, else CODE.
+    WRITE = "write"
+    #: What may be made zero in place (by the file) with no metadata change, else CODE.
+    ZERO = "zero"
+
+
+class Special(Enum):
+    """Targets that are no place: zeroes, and "call the layer"."""
+
+    ZERO = "zero"
+    CODE = "code"
+
+
+ZERO: Final = Special.ZERO
+CODE: Final = Special.CODE
+
+
+class OpenFile(Protocol):
+    """An open file, block device or memory: the leaf that every mapping ends at.
+
+    Offered by `nbdserver.files.PlainFile` (plain Python) and by the engine. All methods may block, release
+    the GIL while they do, and raise ``OSError``. Offsets and lengths are bytes.
+    """
+
+    @property
+    def name(self) -> str:
+        """The path, for messages."""
+
+    @property
+    def size(self) -> int:
+        """Its size now, bytes."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused (EBADF/EPERM) by the operating system."""
+
+    def read(self, offset: int, vector: Vector) -> None:
+        """Fill the whole vector; what lies past the end of the file reads as zeroes."""
+
+    def write(self, offset: int, vector: Vector) -> None:
+        """Write the whole vector, growing the file if it ends past its end."""
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
+        """Make the range read as zeroes, growing the file if need be.
+
+        ``may_unmap`` permits a hole; ``no_fallback`` raises ENOTSUP rather than write zeroes out.
+        """
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the range's storage back if the file system can; the contents become undefined."""
+
+    def sync(self) -> None:
+        """Make every completed write durable (fdatasync). After one failure every later call fails too."""
+
+    def resize(self, size: int) -> None:
+        """Truncate or extend (with zeroes) to ``size`` bytes."""
+
+    def status(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Consecutive (length, is_data) runs covering the range exactly, from SEEK_DATA/SEEK_HOLE."""
+
+    def use(self, offset: int, length: int) -> AbstractContextManager[object]:
+        """Announce, for the time of the ``with`` block, that the range is being read or written here.
+
+        Against `wait_unused` it works as a hazard pointer does: announce, look again whether the range is still
+        what it was resolved to be, and only then touch it.
+        """
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        """Return when no use of the range, and no I/O of the engine's on it, that began before this call is
+        still running. Never call it inside ``use``, nor while holding a lock that I/O might need.
+        """
+
+    def close(self) -> None:
+        """Close the descriptor and so drop its locks. Idempotent."""
+
+
+class Extent(NamedTuple):
+    """``length`` bytes of a layer live at ``offset`` of ``target``.
+
+    ``writable``: they may be overwritten there in place, with no metadata change. Meaningless (False) for ZERO
+    and CODE. ``offset`` is 0 for ZERO and CODE.
+    """
+
+    length: int
+    target: Layer | OpenFile | Special
+    offset: int = 0
+    writable: bool = False
+
+    def cut(self, start: int, length: int) -> Extent:
+        """The sub-range of ``length`` bytes that begins ``start`` bytes into this extent."""
+        if isinstance(self.target, Special):
+            return Extent(length, self.target)
+        return Extent(length, self.target, self.offset + start, self.writable)
+
+
+class ExtentLawError(AssertionError):
+    """A layer answered ``resolve`` unlawfully: a bug in the layer, never the world's fault."""
+
+
+def lawful(extents: Iterable[Extent], offset: int, length: int, size: int, who: str) -> Iterator[Extent]:
+    """Pass on what ``resolve(offset, length)`` of a layer of ``size`` bytes answered, holding it to the law.
+
+    The law: contiguous from ``offset``, every length > 0, at least ``length`` bytes in all, and nothing past
+    ``size``. Longer than asked is welcome. Lazy: what the caller does not consume is not checked.
+
+    Raises ExtentLawError.
+    """
+    position = offset
+    for extent in extents:
+        if extent.length <= 0:
+            raise ExtentLawError(f"{who}: extent of length {extent.length} at {position:#x}")
+        if position + extent.length > size:
+            raise ExtentLawError(f"{who}: extent ends at {position + extent.length:#x}, past the size {size:#x}")
+        if extent.offset < 0:
+            raise ExtentLawError(f"{who}: extent at {position:#x} has offset {extent.offset}")
+        position += extent.length
+        yield extent
+    if position < offset + length:
+        raise ExtentLawError(f"{who}: answered up to {position:#x}, asked up to {offset + length:#x}")
+
+
+def clip(extents: Iterable[Extent], length: int) -> Iterator[Extent]:
+    """The first ``length`` bytes of an answer, cut exactly."""
+    left = length
+    for extent in extents:
+        if extent.length >= left:
+            yield extent.cut(0, left) if extent.length > left else extent
+            return
+        left -= extent.length
+        yield extent

@@ -1,0 +1,518 @@
+"""Files: the only place that opens a path.
+
+::
+
+    layer ──file()──────────> FileOpener ──open()──> Files ──> one OpenFile per inode, locked
+    layer ──image(name)─────>     │ roots, loops, depth, probing
+                                  └──> registry, graph: another layer stack
+
+`PlainFile` is `extent.OpenFile` in plain Python; `Files` the table of what is open; `FileOpener` what a layer sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import stat
+import struct
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nbdserver import registry
+from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import OpenFile
+from nbdserver.graph import Graph
+from nbdserver.layer import Layer
+from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, STATUS_COUNT_MAX
+from nbdserver.locks import lock_image
+from nbdserver.probe import probe
+from nbdserver.request import Vector
+
+# -- one file ------------------------------------------------------------------------------------------------------
+
+#: Segments of one preadv or pwritev; Linux's UIO_MAXIOV.
+IOV_COUNT_MAX: Final = 1024
+
+#: Zeroes are written out in pieces of this size.
+ZERO_PIECE: Final = 1 << 20
+
+#: Discards on block devices are cut to multiples of this: every logical block size divides it.
+DISCARD_ALIGNMENT: Final = 4096
+
+#: linux/falloc.h and linux/fs.h.
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+BLKDISCARD: Final = 0x1277
+
+#: How a file system or device says that it cannot do this, or not for this range (EINVAL: not its alignment).
+_CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY)
+
+
+class PlainFile:
+    """`extent.OpenFile` over a descriptor, in plain Python. Owns the descriptor."""
+
+    def __init__(self, fd: int, name: str, read_only: bool) -> None:
+        self._fd = fd
+        self.name = name
+        self.read_only = read_only
+        self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self._uses = _Uses()
+        self._sync_lock = threading.Lock()
+        self._sync_failure: int | None = None
+
+    @property
+    def size(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size
+
+    def read(self, offset: int, vector: Vector) -> None:
+        def transfer(views: list[memoryview], at: int) -> int:
+            count = os.preadv(self._fd, views, at)
+            return count if count else _clear(views)
+
+        _transfer_all(transfer, offset, vector)
+
+    def write(self, offset: int, vector: Vector) -> None:
+        def transfer(views: list[memoryview], at: int) -> int:
+            count = os.pwritev(self._fd, views, at)
+            if count == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+            return count
+
+        _transfer_all(transfer, offset, vector)
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
+        if length == 0:
+            return
+        if may_unmap and self._punch(offset, length):
+            return
+        # A device that cannot zero by command has the kernel write the zeroes: the fallback by another name.
+        if not (self._is_device and no_fallback) and self._fallocate(FALLOC_FL_ZERO_RANGE, offset, length):
+            return
+        if no_fallback:
+            raise OSError(errno.ENOTSUP, "no fast way to zero", self.name)
+        zeroes = Vector.of(min(length, ZERO_PIECE))
+        for start in range(0, length, ZERO_PIECE):
+            self.write(offset + start, zeroes.slice(0, min(ZERO_PIECE, length - start)))
+
+    def discard(self, offset: int, length: int) -> None:
+        if self._is_device:
+            self._discard_device(offset, length)
+        elif length > 0:
+            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def sync(self) -> None:
+        with self._sync_lock:
+            if self._sync_failure is not None:
+                raise OSError(
+                    self._sync_failure, f"an earlier sync failed: {os.strerror(self._sync_failure)}", self.name
+                )
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                # The kernel has dropped the dirty pages and tells only once: no later sync may say all is well.
+                self._sync_failure = error.errno or errno.EIO
+                raise
+
+    def resize(self, size: int) -> None:
+        if self._is_device:
+            raise OSError(errno.ENOTSUP, "a block device cannot be resized", self.name)
+        os.ftruncate(self._fd, size)
+
+    def status(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """As `OpenFile.status`; after STATUS_COUNT_MAX runs, more than one reply holds, the rest counts as data."""
+        runs: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end:
+            hole = self._seek(offset, os.SEEK_HOLE) if len(runs) < STATUS_COUNT_MAX else end
+            is_data = hole > offset
+            run_end = min(hole if is_data else self._seek(offset, os.SEEK_DATA), end)
+            if run_end <= offset:  # a hole was filled between the two questions
+                continue
+            runs.append((run_end - offset, is_data))
+            offset = run_end
+        return runs
+
+    def use(self, offset: int, length: int) -> contextlib.AbstractContextManager[object]:
+        return self._uses.use(offset, length)
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        self._uses.wait_unused(offset, length)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"PlainFile({self.name!r}{', read-only' if self.read_only else ''})"
+
+    def _punch(self, offset: int, length: int) -> bool:
+        """Make the range a hole, inside the file; False if that cannot be done here."""
+        end = offset + length
+        if end > self.size and not self._is_device:
+            # Grow by writing the last byte, which is in the range: ftruncate could cut off a write that has made
+            # the file longer since its size was read.
+            self.write(end - 1, Vector.of(1))
+        return self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Whether the file could do that; raises OSError if it can but failed."""
+        try:
+            fallocate(self._fd, mode, offset, length)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            return False
+        return True
+
+    def _discard_device(self, offset: int, length: int) -> None:
+        start = -(-offset // DISCARD_ALIGNMENT) * DISCARD_ALIGNMENT
+        end = (offset + length) // DISCARD_ALIGNMENT * DISCARD_ALIGNMENT
+        if start >= end:
+            return
+        try:
+            fcntl.ioctl(self._fd, BLKDISCARD, struct.pack("=QQ", start, end - start))
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+
+    def _seek(self, offset: int, whence: int) -> int:
+        """Where the next hole or data from ``offset`` begins; a file that cannot tell is data up to its end."""
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # past the end, or nothing but a hole up to it
+                return offset if whence == os.SEEK_HOLE else FILE_END
+            if error.errno not in _CANNOT:
+                raise
+            size = self.size
+            if whence == os.SEEK_HOLE:
+                return max(size, offset)
+            return offset if offset < size else FILE_END
+
+
+#: Past the end of every file.
+FILE_END: Final = 1 << 63
+
+
+class _Uses:
+    """The ranges of one file that are in use now."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running: set[_Use] = set()
+
+    @contextlib.contextmanager
+    def use(self, offset: int, length: int) -> Iterator[None]:
+        use = _Use(offset, offset + length)
+        with self._condition:
+            self._running.add(use)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running.discard(use)
+                self._condition.notify_all()
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        with self._condition:
+            waited_for = {use for use in self._running if use.start < offset + length and offset < use.end}
+            self._condition.wait_for(lambda: self._running.isdisjoint(waited_for))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Use:
+    start: int
+    end: int
+
+
+def _transfer_all(transfer: Callable[[list[memoryview], int], int], offset: int, vector: Vector) -> None:
+    """Call ``transfer(views, offset)``, which says how many bytes it did, until the whole vector is done."""
+    views = [view for view in vector.views() if len(view)]
+    first = 0
+    while first < len(views):
+        count = transfer(views[first : first + IOV_COUNT_MAX], offset)
+        offset += count
+        while first < len(views) and count >= len(views[first]):
+            count -= len(views[first])
+            first += 1
+        if count:
+            views[first] = views[first][count:]
+
+
+def _clear(views: list[memoryview]) -> int:
+    for view in views:
+        view[:] = bytes(len(view))
+    return sum(len(view) for view in views)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python's ``os`` lacks. Raises OSError."""
+    while _libc().fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+# -- all files -----------------------------------------------------------------------------------------------------
+
+#: Makes an open file of (descriptor, name, read_only); owns the descriptor from then on.
+Wrap = Callable[[int, str, bool], OpenFile]
+
+#: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).
+Identity = tuple[str, int, int]
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """One open inode and how many hold it."""
+
+    file: OpenFile
+    path: str
+    read_only: bool
+    users: int = 1
+
+
+class Files:
+    """Every file that a server has open: one per inode, whatever its names. Thread-safe.
+
+    A file is open for one writer, or for any number of readers, who then share one descriptor.
+    """
+
+    def __init__(self, wrap: Wrap = PlainFile) -> None:
+        self._wrap = wrap
+        self._lock = threading.Lock()
+        self._open: dict[Identity, _Open] = {}
+        self._identities: dict[OpenFile, Identity] = {}
+        #: Serialises the opening of images that images name, so that one image is opened once.
+        self.images_lock = threading.RLock()
+        #: The read-only images that images named, for all who name them.
+        self.images: weakref.WeakValueDictionary[tuple[Identity, str], Layer] = weakref.WeakValueDictionary()
+
+    def open(self, path: str, *, read_only: bool) -> OpenFile:
+        """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
+        fd = _open(path, read_only=read_only)
+        try:
+            with self._lock:
+                return self._enter(fd, path, read_only)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _enter(self, fd: int, path: str, read_only: bool) -> OpenFile:
+        identity = _identity(os.fstat(fd))
+        known = self._open.get(identity)
+        if known is not None:
+            if not (read_only and known.read_only):
+                raise ImageError(_both_uses(known, read_only), path=path)
+            os.close(fd)
+            known.users += 1
+            return known.file
+        lock_image(fd, path, read_only=read_only)
+        file = self._wrap(fd, path, read_only)
+        self._open[identity] = _Open(file, path, read_only)
+        self._identities[file] = identity
+        return file
+
+    def memory(self, size: int, name: str) -> OpenFile:
+        """Anonymous memory of ``size`` zero bytes; give it back with `close`. Raises ConfigError."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+        except (OSError, OverflowError) as error:
+            os.close(fd)
+            raise ConfigError(f"no memory of {size} bytes can be had: {error}") from error
+        return self._wrap(fd, name, False)
+
+    def close(self, file: OpenFile) -> None:
+        """Let one user of the file go; the last one closes it."""
+        with self._lock:
+            identity = self._identities.get(file)
+            if identity is not None:
+                known = self._open[identity]
+                known.users -= 1
+                if known.users:
+                    return
+                del self._open[identity], self._identities[file]
+            file.close()  # under the lock, or the next to open the file would meet our own image lock
+
+    def probe(self, path: str) -> str:
+        """The format of the image at ``path``, by its bytes (see `nbdserver.probe`). Raises ImageError."""
+        file = self.open(path, read_only=True)
+        try:
+            return probe(file)
+        finally:
+            self.close(file)
+
+
+def _open(path: str, *, read_only: bool) -> int:
+    """A descriptor of the regular file or block device at ``path``. Raises ImageError."""
+    try:
+        kind = os.stat(path).st_mode  # before opening: to open a FIFO waits, a tape rewinds, a watchdog starts
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            raise ImageError(f"is {_kind(kind)}; an image is a regular file or a block device", path=path)
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        purpose = "reading" if read_only else "reading and writing"
+        raise ImageError(f"cannot be opened for {purpose}: {error.strerror}", path=path) from error
+    except ValueError as error:
+        raise ImageError(f"is no path: {error}", path=repr(path)) from error
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    if stat.S_ISCHR(mode):
+        return "a character device"
+    return "a socket" if stat.S_ISSOCK(mode) else "of an unknown kind"
+
+
+def _identity(status: os.stat_result) -> Identity:
+    if stat.S_ISBLK(status.st_mode):
+        return ("device", status.st_rdev, 0)
+    return ("file", status.st_dev, status.st_ino)
+
+
+def _both_uses(known: _Open, read_only: bool) -> str:
+    here = "reading" if known.read_only else "writing"
+    wanted = "reading" if read_only else "writing"
+    return f"is wanted for {wanted} but already open here for {here} as {known.path!r}; a writer must be alone"
+
+
+# -- what a layer sees ---------------------------------------------------------------------------------------------
+
+
+class FileOpener:
+    """`layer.Opener` for one export: what its layers may open.
+
+    ``roots``: directories, besides the one of the image that the configuration names, that images may name files
+    in (both include what is below them). ``read_only``: whether the export is.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        files: Files,
+        *,
+        roots: Sequence[str | os.PathLike[str]] = (),
+        read_only: bool = False,
+        allocate: Callable[[int], Vector] = Vector.of,
+    ) -> None:
+        self._graph, self._files = graph, files
+        self._roots = tuple(os.path.realpath(root) for root in roots)
+        self.read_only = read_only
+        self._allocate = allocate
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_COUNT_MAX))
+        #: The images on the way from the configured one to the one that this opener opens.
+        self._chain: tuple[Identity, ...] = ()
+
+    def file(self, path: str, *, read_only: bool) -> OpenFile:
+        return self._files.open(path, read_only=read_only)
+
+    def memory(self, size: int, name: str) -> OpenFile:
+        return self._files.memory(size, name)
+
+    def release(self, file: OpenFile) -> None:
+        self._files.close(file)
+
+    def allocate(self, length: int) -> Vector:
+        return self._allocate(length)
+
+    def image(self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True) -> Layer:
+        source = named_by.filename
+        if format is None and not read_only:
+            raise ImageError(f"names {name!r} without a format; only read-only images are probed", path=source)
+        path = resolve_name(name, source)
+        roots = self._roots if self._chain else (*self._roots, *_own_roots(source))
+        _within(path, roots, name, source)
+        try:
+            chain = self._chain or (() if source is None else (_identity_at(source),))
+            identity = _identity_at(path)
+        except OSError as error:
+            raise ImageError(f"names {name!r}; {path} cannot be opened: {error.strerror}", path=source) from error
+        if identity in chain:
+            raise ImageError(f"names {name!r}, which closes a loop in its chain", path=source)
+        if len(chain) + 2 > DEPTH_MAX:  # with this image and the file that it is in
+            raise ImageError(f"names {name!r}, which makes a chain deeper than {DEPTH_MAX}", path=source)
+        with self._files.images_lock:
+            format = format or self._files.probe(path)
+            if read_only:
+                shared = self._files.images.get((identity, format))
+                if shared is not None:
+                    _all_within(shared, roots, source)  # whoever opened it first may have had wider roots
+                    if self._graph.share(shared):
+                        return shared
+            opener = FileOpener(self._graph, self._files, read_only=read_only, allocate=self._allocate)
+            opener._roots, opener._chain = roots, (*chain, identity)
+            layer = registry.image(path, format)
+            self._graph.open(layer, opener)
+            if read_only:
+                self._files.images[identity, format] = layer
+            return layer
+
+
+def resolve_name(name: str, named_by: str | None) -> str:
+    """The path that an image at ``named_by`` means by ``name``, as QEMU combines them. Raises ImageError.
+
+    A name with a colon before its first slash names a protocol, of which only ``file:`` is taken (relative, too, to
+    the directory of the image); a path that begins so is written ``./a:b``.
+    """
+    scheme, colon, rest = name.partition(":")
+    if colon and "/" not in scheme:
+        if scheme != "file":
+            raise ImageError(f"names {name!r}: images may name files only, no other protocol", path=named_by)
+        name = rest
+    if not name or "\0" in name:
+        raise ImageError(f"names {name!r}, which is no path", path=named_by)
+    if os.path.isabs(name):
+        return name
+    if named_by is None:
+        raise ImageError(f"an image that is no file names {name!r}; nothing says relative to what")
+    return os.path.join(os.path.dirname(named_by), name)
+
+
+def _own_roots(path: str | None) -> tuple[str, ...]:
+    """The directory of the configured image: where it is called so, and where it is."""
+    if path is None:
+        return ()
+    return tuple({os.path.realpath(os.path.dirname(path)), os.path.dirname(os.path.realpath(path))})
+
+
+def _within(path: str, roots: Iterable[str], name: str, named_by: str | None) -> None:
+    real = os.path.realpath(path)
+    if any(os.path.commonpath((root, real)) == root for root in roots):
+        return
+    raise ImageError(
+        f"names {name!r}, which is {real}, outside the roots that images may name files in "
+        f'({", ".join(roots) or "none"}); to allow it, set roots = ["{os.path.dirname(real)}"]',
+        path=named_by,
+    )
+
+
+def _all_within(layer: Layer, roots: Iterable[str], named_by: str | None) -> None:
+    below = [layer]
+    while below:
+        layer = below.pop()
+        if layer.filename is not None:
+            _within(layer.filename, roots, layer.filename, named_by)
+        below.extend(child for _, child in layer.children())
+
+
+def _identity_at(path: str) -> Identity:
+    return _identity(os.stat(path))

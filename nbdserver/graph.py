@@ -1,0 +1,327 @@
+"""The graph: layers joined into a DAG, flattened to extents, and told upwards when mappings change.
+
+    export root ── qcow2 ──file──> raw ──file──> file ── open file
+                     └──backing──> qcow2 ── ...
+
+`flatten` is the page walk: from a range of any layer down to open files, ZERO and CODE, in a loop. `execute` runs a
+request by it in plain Python: the reference executor, and the slow path of the engine. `Child` is an edge: what a
+parent holds in the place of a child, so that every request between layers passes one door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from nbdserver.errors import ImageError, RequestError
+from nbdserver.extent import CODE, ZERO, Extent, Intent, OpenFile, Special, clip, lawful
+from nbdserver.layer import Layer, Opener, finish
+from nbdserver.limits import DEPTH_MAX
+from nbdserver.request import Flag, Operation, Request, Vector
+
+
+class Leaf(NamedTuple):
+    """The end of a page walk. ``target`` is an open file, ZERO, or CODE; for CODE, ``layer`` is the one to call
+    and ``offset`` lies in it."""
+
+    length: int
+    target: OpenFile | Special
+    offset: int
+    writable: bool
+    layer: Layer | None
+
+
+INTENTS = {
+    Operation.READ: Intent.READ,
+    Operation.WRITE: Intent.WRITE,
+    Operation.ZERO: Intent.ZERO,
+    Operation.TRIM: Intent.ZERO,
+}
+
+
+def flatten(layer: Layer, offset: int, length: int, intent: Intent) -> Iterator[Leaf]:
+    """Walk ``length`` bytes from ``offset`` of ``layer`` down to leaves; goes on past ``length`` as far as the
+    layers' own answers do, but only within what was asked of every child.
+
+    Writability is the conjunction along the path. Raises ImageError when the walk is deeper than DEPTH_MAX, and
+    ExtentLawError for a layer that breaks the law.
+    """
+    # An explicit stack of generators, so that a chain of a thousand images needs no recursion.
+    # Each level: (its extents, whether all above it were writable, bytes of it still wanted by its parent).
+    stack: list[tuple[Layer, Iterator[Extent], bool]] = [(layer, _answers(layer, offset, length, intent), True)]
+    position: list[int] = [offset]
+    while stack:
+        owner, extents, writable = stack[-1]
+        extent = next(extents, None)
+        if extent is None:
+            stack.pop()
+            position.pop()
+            continue
+        here = position[-1]
+        position[-1] += extent.length
+        target = extent.target
+        if target is CODE:
+            yield Leaf(extent.length, CODE, here, False, owner)
+        elif target is ZERO:
+            yield Leaf(extent.length, ZERO, 0, False, None)
+        elif isinstance(target, Layer):
+            if len(stack) >= DEPTH_MAX:
+                raise ImageError(f"layers nest deeper than {DEPTH_MAX}", path=layer.filename)
+            child = target.layer if isinstance(target, Child) else target
+            below = clip(_answers(child, extent.offset, extent.length, intent), extent.length)
+            stack.append((child, below, writable and extent.writable))
+            position.append(extent.offset)
+        else:
+            yield Leaf(extent.length, target, extent.offset, writable and extent.writable, None)
+
+
+def _answers(layer: Layer, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
+    return lawful(layer.resolve(offset, length, intent), offset, length, layer.size, layer.type)
+
+
+def execute(layer: Layer, request: Request) -> None:
+    """Run one request on ``layer``, in plain Python, on this thread.
+
+    What maps is done at its place, what is CODE by the layer that said so. A place is used as hazard pointers
+    are: resolve, announce the use, see that the mapping has not changed meanwhile, and only then touch it; so a
+    layer that has called ``changed`` and then waits with ``wait_unused`` waits for us, or we have resolved again.
+
+    Raises RequestError, OSError, ImageError.
+    """
+    if request.end > layer.size:
+        raise RequestError(
+            errno.ENOSPC if request.operation in (Operation.WRITE, Operation.ZERO) else errno.EINVAL,
+            f"{request.operation.value} of {request.length} bytes at {request.offset:#x} passes the end, "
+            f"{layer.size:#x}, of {layer.type}",
+        )
+    if request.operation is not Operation.READ and layer.read_only:
+        raise RequestError(errno.EPERM, f"{layer.type} is read-only")
+    fua = request.asked_flags & Flag.FUA
+    if fua:
+        request = request.with_flags(request.asked_flags & ~Flag.FUA)
+    intent = INTENTS[request.operation]
+    done = 0
+    while done < request.length:
+        seen = layer.changes
+        left = request.length - done
+        for leaf in flatten(layer, request.offset + done, left, intent):
+            part = request.slice(done, min(leaf.length, request.length - done))
+            if not _run(layer, leaf, part, seen):
+                break
+            done += part.length
+            if done == request.length:
+                break
+    if fua:
+        finish(layer.flush())
+
+
+def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
+    """Do one leaf's part; False, with nothing done, if the mapping may have changed since ``seen``."""
+    operation = part.operation
+    if leaf.target is CODE:
+        assert leaf.layer is not None
+        moved = part.moved(leaf.offset)
+        finish(getattr(leaf.layer, operation.value)(moved))
+        return True
+    if leaf.target is ZERO:
+        if layer.changes != seen:
+            return False
+        if operation is Operation.READ:
+            part.vector.zero()
+        else:
+            assert operation is not Operation.WRITE, "resolve(WRITE) answered ZERO"
+        return True
+    file = leaf.target
+    assert not isinstance(file, Special)
+    with file.use(leaf.offset, part.length):
+        if layer.changes != seen:
+            return False
+        if operation is Operation.READ:
+            file.read(leaf.offset, part.vector)
+        elif operation is Operation.WRITE:
+            assert leaf.writable, "resolve(WRITE) answered a place that is not writable"
+            file.write(leaf.offset, part.vector)
+        elif operation is Operation.ZERO:
+            file.zero(
+                leaf.offset,
+                part.length,
+                may_unmap=bool(part.flags & Flag.MAY_UNMAP),
+                no_fallback=bool(part.flags & Flag.NO_FALLBACK),
+            )
+        else:
+            file.discard(leaf.offset, part.length)
+    return True
+
+
+class Child(Layer):
+    """An edge: ``layer`` as its parent sees it. Requests to a child pass here and only here."""
+
+    def __init__(self, parent: Layer, role: str, layer: Layer) -> None:
+        super().__init__()
+        self._parent, self.role, self._layer = parent, role, layer
+
+    @property
+    def layer(self) -> Layer:
+        """The layer at the far end."""
+        return self._layer
+
+    @property
+    def size(self) -> int:
+        return self._layer.size
+
+    @property
+    def read_only(self) -> bool:
+        return self._layer.read_only
+
+    @property
+    def filename(self) -> str | None:
+        return self._layer.filename
+
+    def children(self) -> Iterator[tuple[str, Layer]]:
+        return self._layer.children()
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
+        return self._layer.resolve(offset, length, intent)
+
+    def read(self, request: Request) -> None:
+        execute(self._layer, request)
+
+    write = zero = trim = read
+
+    def flush(self) -> None:
+        finish(self._layer.flush())
+
+    def resize(self, size: int) -> None:
+        self._layer.resize(size)
+
+    def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        return self._layer.status(context, offset, length)
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        self._layer.wait_unused(offset, length)
+
+    def allocate(self, length: int) -> Vector:
+        return self._layer.allocate(length)
+
+
+class Graph:
+    """All the layers of a server: a DAG whose roots are exports. Layers may be shared by several parents.
+
+    Thread-safe. ``changed`` runs on whatever thread changed a mapping and never waits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._edges: dict[Layer, list[Child]] = {}  # layer -> the edges that lead to it
+        self._users: dict[Layer, int] = {}  # how many edges and roots hold it open
+        self._sinks: dict[Layer, list[Callable[[int, int], None]]] = {}
+
+    def open(self, layer: Layer, opener: Opener) -> None:
+        """Open ``layer`` and everything below it, children first; counts one user of it.
+
+        A layer that is open already only gains a user. On failure all that was opened here is closed again.
+        Raises ImageError, ConfigError.
+        """
+        with self._lock:
+            if layer in self._users:
+                self._users[layer] += 1
+                return
+        layer._listener, layer._opener = self, opener
+        try:
+            for role, child in list(layer.children()):
+                self.open(child, opener)
+                self.attach(layer, role, child)
+            layer.open(opener)
+        except BaseException:
+            self._end(layer)
+            raise
+        with self._lock:
+            self._users[layer] = 1
+
+    def share(self, layer: Layer) -> bool:
+        """Count one more user of ``layer`` if it is open; whether it is."""
+        with self._lock:
+            if layer not in self._users:
+                return False
+            self._users[layer] += 1
+            return True
+
+    def attach(self, parent: Layer, role: str, child: Layer) -> None:
+        """Make ``child``, which is open, a child of ``parent``: for children that a layer finds as it opens."""
+        edge = Child(parent, role, child)
+        with self._lock:
+            self._edges.setdefault(child, []).append(edge)
+        _set_role(parent, role, edge)
+
+    def _part(self, edge: Child) -> None:
+        with self._lock:
+            self._edges[edge.layer].remove(edge)
+        self.close(edge.layer)
+
+    def close(self, layer: Layer) -> None:
+        """Let one user of ``layer`` go; at the last, close it and then its children. Raises what closing raises,
+        after everything below has been closed too."""
+        with self._lock:
+            users = self._users.get(layer)
+            if users is None:
+                return
+            if users > 1:
+                self._users[layer] = users - 1
+                return
+            del self._users[layer]
+        self._end(layer)
+
+    def _end(self, layer: Layer) -> None:
+        with contextlib.ExitStack() as ending:
+            for _, edge in layer.children():
+                if isinstance(edge, Child):
+                    ending.callback(self._part, edge)
+            layer.close()
+        with self._lock:
+            self._edges.pop(layer, None)
+            self._sinks.pop(layer, None)
+
+    def subscribe(self, root: Layer, sink: Callable[[int, int], None]) -> Callable[[], None]:
+        """Have ``sink(offset, length)`` called for every change of ``root``'s mapping; returns the way to stop."""
+        with self._lock:
+            self._sinks.setdefault(root, []).append(sink)
+
+        def stop() -> None:
+            with self._lock:
+                if sink in self._sinks.get(root, []):
+                    self._sinks[root].remove(sink)
+
+        return stop
+
+    def changed(self, layer: Layer, offset: int, length: int) -> None:
+        """Number the change in ``layer`` and everything above it, and drop it from the caches of the roots."""
+        pending = [(layer, offset, length)]
+        while pending:
+            node, start, count = pending.pop()
+            with self._lock:
+                node.changes += 1
+                sinks = tuple(self._sinks.get(node, ()))
+                edges = tuple(self._edges.get(node, ()))
+            for sink in sinks:
+                sink(start, count)
+            for edge in edges:
+                parent = edge._parent
+                pending.extend((parent, at, run) for at, run in parent.translate(edge, start, count))
+
+
+def attach(parent: Layer, role: str, child: Layer) -> None:
+    """`Graph.attach` in the graph that ``parent`` is being opened in. For use in ``Layer.open``."""
+    graph = parent._listener
+    assert isinstance(graph, Graph), "attach is for layers that a graph is opening"
+    graph.attach(parent, role, child)
+
+
+def _set_role(parent: Layer, role: str, edge: Child) -> None:
+    name, _, index = role.partition(".")
+    if index:
+        getattr(parent, name)[int(index)] = edge
+    else:
+        setattr(parent, name, edge)

@@ -1,0 +1,273 @@
+"""THE CONTRACT: what a layer is.
+
+A layer is one node of an export's stack: a format, a filter or a source. It says *where* its bytes live
+(`Layer.resolve`); only where nothing but its own code can produce or take the bytes does it answer CODE, and is
+then called (`Layer.read`, `Layer.write`, ...) for exactly such ranges.
+
+    mapping layer   overrides ``resolve``; ``read``/``write``/``zero``/``trim`` only for what it answers CODE
+    data layer      overrides ``read`` and ``write``; inherits a ``resolve`` that says CODE throughout
+
+A layer answers **only for itself**: it aims at a child's range and the graph goes on from there. It knows its
+children by role (``self.file``, ``self.backing``), which the graph has replaced by edges (`nbdserver.graph.Child`)
+through which every request to a child goes; it never knows its parents, the server, sockets, or a path.
+
+Threads: any method may be called from several threads at once, and may block. `Layer.changed` only drops and
+numbers, never waits, and so may be called under a layer's lock; `wait_unused` is called with no lock held.
+
+Subclasses are written ``@dataclass(eq=False)``: a layer is itself, not its settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Iterable, Iterator
+from typing import ClassVar, Protocol
+
+from nbdserver.errors import RequestError
+from nbdserver.extent import CODE, Extent, Intent, OpenFile, Special
+from nbdserver.request import Flag, Request, Vector
+
+#: Zeroes are written out in pieces of this size where a layer has no better way.
+ZERO_CHUNK = 1 << 20
+
+#: The meta context that every layer answers. Its flags: proto.md, "base:allocation metadata context".
+BASE_ALLOCATION = "base:allocation"
+STATE_HOLE = 1
+STATE_ZERO = 2
+
+
+class Opener(Protocol):
+    """What a layer may ask for while it is opened: the only way from a layer to the outside."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the layer being opened must not be written (a read-only export, a backing file)."""
+
+    def file(self, path: str, *, read_only: bool) -> OpenFile:
+        """Open a regular file or block device that the *configuration* named; locks it. ConfigError, ImageError."""
+
+    def memory(self, size: int, name: str) -> OpenFile:
+        """Anonymous memory of ``size`` zero bytes, as a file."""
+
+    def release(self, file: OpenFile) -> None:
+        """Let go of what `file` or `memory` gave. Files are shared, so the last one to let go closes it."""
+
+    def image(self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True) -> Layer:
+        """Open the image that an *image* named (a backing or data file), and count one user of it.
+
+        ``name`` is relative to the directory of the image ``named_by``. ImageError if it lies outside the
+        allowed roots, names a remote protocol, closes a loop, or makes the chain too deep. ``format`` None
+        means: probe (read-only images only).
+        """
+
+    def allocate(self, length: int) -> Vector:
+        """Memory for a bounced request: from the registered pool while that has room, else ordinary memory."""
+
+
+class Listener(Protocol):
+    """Whom a layer tells that its mapping has changed: the graph."""
+
+    def changed(self, layer: Layer, offset: int, length: int) -> None: ...
+
+
+@dataclasses.dataclass(eq=False)
+class Layer:
+    """Base of all layers. Subclasses are dataclasses too: their fields are their keys in ``exports.toml``.
+
+    A field whose value is a Layer (or a list of them) is a child; its name is its role.
+    """
+
+    #: The layer's name in configuration: its file's name. Set by the registry.
+    type: ClassVar[str] = "layer"
+    #: Flags the layer honours itself on CODE ranges. What it lacks is emulated above it or refused there;
+    #: REGISTERED_BUF is exempt and always passed on.
+    supported_read_flags: ClassVar[Flag] = Flag.NONE
+    supported_write_flags: ClassVar[Flag] = Flag.NONE
+
+    def __post_init__(self) -> None:
+        self._listener: Listener | None = None
+        self._opener: Opener | None = None
+        #: How often the mapping of this layer, or of anything below it, has changed. See `graph.execute`.
+        self.changes = 0
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def open(self, opener: Opener) -> None:
+        """Become usable. Children given in the configuration are open already; others are asked of the opener
+        and then attached as attributes (`nbdserver.graph.attach`).
+
+        Raises ImageError, ConfigError.
+        """
+
+    def close(self) -> None:
+        """Write out whatever is held back and let go. Children are closed after their parents. Called once,
+        also after a failed ``open``."""
+
+    # -- what it is ------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The virtual disk's size, bytes."""
+        raise NotImplementedError(f"{type(self).__name__}.size")
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused here. By default: as the ``file`` child is."""
+        file = getattr(self, "file", None)
+        return file.read_only if isinstance(file, Layer) else False
+
+    @property
+    def filename(self) -> str | None:
+        """The file this layer's bytes are in, if it is one (QEMU's ``bs->filename``): for messages and for
+        names relative to it. By default: the ``file`` child's."""
+        file = getattr(self, "file", None)
+        return file.filename if isinstance(file, Layer) else None
+
+    def children(self) -> Iterator[tuple[str, Layer]]:
+        """(role, child) pairs, in the order of the fields; children of a list are ``role.0``, ``role.1``, ..."""
+        for name, value in vars(self).items():
+            if name.startswith("_"):
+                continue
+            if isinstance(value, Layer):
+                yield name, value
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if isinstance(item, Layer):
+                        yield f"{name}.{index}", item
+
+    # -- where the bytes live ----------------------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
+        """Where do ``length`` bytes from ``offset`` live, for ``intent``?
+
+        Extents as `extent.lawful` demands; longer than asked is welcome (the engine caches it), and a generator
+        is consumed only as far as is useful. May be called while the mapping changes: answer from a consistent
+        state (hold the lock for each table, not across ``yield``).
+
+        For READ: a place, ZERO or CODE; an extent may say that it is ``writable`` too.
+        For WRITE: the places READ names that may be overwritten in place; CODE for all else, ZERO included.
+        For ZERO (zeroing and trimming): places that the file itself may zero or discard; ZERO for what reads as
+        zeroes already and needs nothing; CODE for all else.
+        """
+        return (Extent(self.size - offset, CODE),)
+
+    def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """Which (offset, length) ranges of this layer may map to that range of ``child``? By default all of it."""
+        return ((0, self.size),)
+
+    def changed(self, offset: int, length: int) -> None:
+        """Tell everyone above that the mapping of this range is no longer what was resolved.
+
+        Call it after the metadata has changed (under the layer's lock) and before the old place is freed, reused,
+        or relied on as read-only. Only drops and numbers; never waits.
+        """
+        if self._listener is not None:
+            self._listener.changed(self, offset, length)
+        else:
+            self.changes += 1
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        """Wait for I/O still running on the place of this *child* range (see `OpenFile.wait_unused`).
+
+        For ranges whose mapping is static, as a format's ``file`` child is. Hold no lock.
+        """
+        for extent in self.resolve(offset, length, Intent.READ):
+            if length <= 0:
+                break
+            take = min(extent.length, length)
+            if not isinstance(extent.target, Special):
+                extent.target.wait_unused(extent.offset, take)
+            length -= take
+
+    # -- called for CODE ranges ----------------------------------------------------------------------------------
+
+    def read(self, request: Request) -> Awaitable[None] | None:
+        """Fill ``request.vector``. Called for ranges that ``resolve(READ)`` calls CODE (and possibly for ranges
+        that were CODE an instant ago). Raises RequestError, OSError."""
+        raise NotImplementedError(f"{type(self).__name__}.read")
+
+    def write(self, request: Request) -> Awaitable[None] | None:
+        """Take ``request.vector``: every range that ``resolve(WRITE)`` calls CODE. Raises RequestError, OSError."""
+        raise NotImplementedError(f"{type(self).__name__}.write")
+
+    def zero(self, request: Request) -> Awaitable[None] | None:
+        """Make the range read as zeroes: every range that ``resolve(ZERO)`` calls CODE.
+
+        By default zeroes are written out through ``write``; with NO_FALLBACK that is refused (ENOTSUP).
+        """
+        if request.flags & Flag.NO_FALLBACK:
+            raise RequestError(95, f"{self.type} has no fast way to zero")  # 95: ENOTSUP
+        vector = self.allocate(min(request.length, ZERO_CHUNK))
+        vector.zero()
+        for start in range(0, request.length, ZERO_CHUNK):
+            length = min(ZERO_CHUNK, request.length - start)
+            finish(self.write(Request.write(request.offset + start, vector.slice(0, length))))
+        return None
+
+    def trim(self, request: Request) -> Awaitable[None] | None:
+        """The range's contents are no longer needed: advice, by default not taken."""
+        return None
+
+    def flush(self) -> Awaitable[None] | None:
+        """Make every write that has completed durable, through all children. By default: flush the children."""
+        for _, child in self.children():
+            if not child.read_only:
+                finish(child.flush())
+        return None
+
+    def resize(self, size: int) -> None:
+        """Change the virtual size. Called in a drained section. Raises RequestError (ENOTSUP by default)."""
+        raise RequestError(95, f"{self.type} cannot be resized")
+
+    def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(length, flags) runs for a meta context, in order from ``offset``, at least covering ``length`` bytes
+        or stopping early after at least one. For BASE_ALLOCATION: STATE_HOLE | STATE_ZERO.
+
+        The default follows ``resolve``: ZERO is a hole of zeroes, CODE is data, a child or file says itself.
+        """
+        end = offset + length
+        for extent in self.resolve(offset, length, Intent.READ):
+            if offset >= end:
+                return
+            take = min(extent.length, end - offset)
+            if isinstance(extent.target, Layer):
+                left = take
+                for run, flags in extent.target.status(context, extent.offset, take):
+                    run = min(run, left)
+                    yield run, flags
+                    left -= run
+                if left:
+                    return
+            elif isinstance(extent.target, Special):
+                yield take, 0 if extent.target is CODE else STATE_HOLE | STATE_ZERO
+            else:
+                for run, is_data in extent.target.status(extent.offset, take):
+                    yield run, 0 if is_data else STATE_HOLE | STATE_ZERO
+            offset += take
+
+    # -- for layer code: reaching a child ------------------------------------------------------------------------
+
+    def allocate(self, length: int) -> Vector:
+        """Memory for a bounced request (see `Opener.allocate`)."""
+        return self._opener.allocate(length) if self._opener is not None else Vector.of(length)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read bytes of a *child* (call it on ``self.file`` and the like). Metadata-sized, copies."""
+        data = bytearray(length)
+        finish(self.read(Request.read(offset, Vector.of(data))))
+        return bytes(data)
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: Flag = Flag.NONE) -> None:
+        """Write bytes to a *child*."""
+        finish(self.write(Request.write(offset, Vector.of(data), flags)))
+
+
+def finish(result: Awaitable[None] | None) -> None:
+    """Run a layer method's result to its end on this thread: nothing to do unless it was ``async def``."""
+    if result is not None:
+        import asyncio
+
+        async def wait() -> None:
+            await result
+
+        asyncio.run(wait())

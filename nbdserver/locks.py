@@ -1,0 +1,112 @@
+"""Image locks as QEMU takes them, so that QEMU keeps out of our images and we out of QEMU's.
+
+QEMU's block/file-posix.c marks what a process does to an image by read-locking single bytes with OFD locks; the
+locked bytes need not exist. Nobody ever *holds* a write lock: a conflict is found by asking (F_OFD_GETLK) whether
+one could be had::
+
+    byte 100 + bit   I use this permission
+    byte 200 + bit   I do not let others use this permission
+
+The bits are QEMU's ``BLK_PERM_*``. Each side marks first and asks afterwards, so of two that race at least one sees
+the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+from enum import IntFlag
+from typing import Final
+
+from nbdserver.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+#: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE of QEMU's block/file-posix.c.
+USED_BASE: Final = 100
+UNSHARED_BASE: Final = 200
+
+
+class Permission(IntFlag):
+    """QEMU's ``BLK_PERM_*``; a permission's lock byte is its bit number."""
+
+    NONE = 0
+    CONSISTENT_READ = 1
+    WRITE = 2
+    WRITE_UNCHANGED = 4
+    RESIZE = 8
+
+    @property
+    def label(self) -> str:
+        """The name in QEMU's messages."""
+        return str(self.name).lower().replace("_", " ")
+
+
+#: What a reader and a writer use; what neither lets anybody else do. As QEMU's qcow2 driver has it of its file:
+#: a reader's cached metadata must not go stale, and two writers would destroy each other's.
+READER: Final = Permission.CONSISTENT_READ
+WRITER: Final = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
+UNSHARED: Final = Permission.WRITE | Permission.RESIZE
+
+#: struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for OFD locks), padded to 8 bytes.
+_FLOCK: Final = struct.Struct("hhqqi0q")
+
+#: What a file system answers that knows no locks. QEMU's ``locking=auto`` goes on without them, and so do we.
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def lock_image(fd: int, path: str, *, read_only: bool) -> None:
+    """Lock the open image for reading, or for writing too, until ``fd`` is closed; never waits.
+
+    On a file system without locks this only logs. Raises ImageError when another process is in the way; what has
+    been locked by then goes with the descriptor, which the caller closes.
+    """
+    used = READER if read_only else WRITER
+    try:
+        _mark(fd, USED_BASE, used)
+        _mark(fd, UNSHARED_BASE, UNSHARED)
+        in_the_way = _marked(fd, USED_BASE, UNSHARED)
+        refused = _marked(fd, UNSHARED_BASE, used)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            log.warning("%s: served without an image lock: %s", path, os.strerror(error.errno))
+            return
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ImageError("is locked by another process (with a write lock, so not by QEMU)", path=path) from error
+        raise ImageError(f"cannot be locked: {error.strerror}", path=path) from error
+    purpose = "reading" if read_only else "writing"
+    if in_the_way:
+        raise ImageError(
+            f'cannot be opened for {purpose}: it is held by another process with the "{in_the_way.label}" lock '
+            "(QEMU or another server)",
+            path=path,
+        )
+    if refused:
+        raise ImageError(
+            f"cannot be opened for {purpose}: it is held by another process which does not share the "
+            f'"{refused.label}" lock (QEMU or another server)',
+            path=path,
+        )
+
+
+def _mark(fd: int, base: int, permissions: Permission) -> None:
+    for permission in permissions:
+        _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, base, permission)
+
+
+def _marked(fd: int, base: int, permissions: Permission) -> Permission:
+    """The first of the permissions whose byte another open file holds, or NONE."""
+    for permission in permissions:
+        if _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, base, permission) != fcntl.F_UNLCK:
+            return permission
+    return Permission.NONE
+
+
+def _fcntl(fd: int, command: int, kind: int, base: int, permission: Permission) -> int:
+    """One lock call on one byte; the resulting ``l_type``."""
+    byte = base + permission.bit_length() - 1
+    answer = fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    return int(_FLOCK.unpack(answer)[0])

@@ -1,0 +1,224 @@
+"""Requests, vectors, and the registered-buffer flag that cannot lie.
+
+A request's memory is a *vector* of segments. A segment is a range of a *buffer*; a buffer either names the
+live, registered pool slot it is (`Registration`) or nothing. REGISTERED_BUF is **derived** from that: it is set
+exactly when there is at least one segment and all of them lie in live, registered slots. There is no setter;
+slicing, shifting or replacing the vector recomputes it.
+
+Flag names and values are QEMU's ``BDRV_REQ_*`` (include/block/block-common.h) without the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum, IntFlag
+from typing import NamedTuple, Protocol
+
+
+class Flag(IntFlag):
+    """Request flags, QEMU's ``BdrvRequestFlags``."""
+
+    NONE = 0
+    COPY_ON_READ = 0x1
+    ZERO_WRITE = 0x2
+    MAY_UNMAP = 0x4
+    REGISTERED_BUF = 0x8
+    FUA = 0x10
+    WRITE_COMPRESSED = 0x20
+    WRITE_UNCHANGED = 0x40
+    SERIALISING = 0x80
+    NO_FALLBACK = 0x100
+    PREFETCH = 0x200
+    NO_WAIT = 0x400
+    NO_QUEUE = 0x800
+
+
+class Operation(Enum):
+    READ = "read"
+    WRITE = "write"
+    ZERO = "zero"
+    TRIM = "trim"
+
+
+class Registration(NamedTuple):
+    """Which slot of which registered pool a buffer is; ``generation`` tells its incarnations apart."""
+
+    pool: int
+    slot: int
+    generation: int
+
+
+class Buffer(Protocol):
+    """Memory that a segment points into: `Memory`, or a slot of the engine's pool."""
+
+    @property
+    def view(self) -> memoryview:
+        """All its bytes, writable, format 'B'. Holding the view keeps the memory."""
+
+    @property
+    def registration(self) -> Registration | None:
+        """The registered slot this is *now*, or None."""
+
+
+class Memory:
+    """Ordinary memory: a bytearray, or any object with the buffer protocol. Never registered."""
+
+    __slots__ = ("view",)
+
+    def __init__(self, data: bytearray | bytes | memoryview | int) -> None:
+        source = bytearray(data) if isinstance(data, int) else data
+        self.view = memoryview(source).cast("B")
+
+    @property
+    def registration(self) -> Registration | None:
+        return None
+
+
+class Segment(NamedTuple):
+    """``length`` bytes of ``buffer`` from ``start``."""
+
+    buffer: Buffer
+    start: int
+    length: int
+
+    @property
+    def view(self) -> memoryview:
+        return self.buffer.view[self.start : self.start + self.length]
+
+
+class Vector:
+    """An immutable list of segments (the memory they point at is not immutable): QEMU's QEMUIOVector."""
+
+    __slots__ = ("length", "segments")
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        self.segments = tuple(segments)
+        self.length = sum(segment.length for segment in self.segments)
+
+    @classmethod
+    def of(cls, data: bytearray | bytes | memoryview | int) -> Vector:
+        """A vector of one segment over ordinary memory: ``data`` itself, or that many fresh zero bytes."""
+        memory = Memory(data)
+        return cls((Segment(memory, 0, len(memory.view)),))
+
+    @property
+    def registered(self) -> bool:
+        """Whether there is at least one segment and every segment lies in a live, registered slot."""
+        return bool(self.segments) and all(s.buffer.registration is not None for s in self.segments)
+
+    def slice(self, start: int, length: int) -> Vector:
+        """The same memory, ``length`` bytes from ``start``. Asserts that they are in bounds."""
+        assert 0 <= start and 0 <= length and start + length <= self.length, (start, length, self.length)
+        if start == 0 and length == self.length:
+            return self
+        return Vector(self._sliced(start, length))
+
+    def _sliced(self, start: int, length: int) -> Iterator[Segment]:
+        for segment in self.segments:
+            if length == 0:
+                return
+            if start >= segment.length:
+                start -= segment.length
+                continue
+            take = min(segment.length - start, length)
+            yield Segment(segment.buffer, segment.start + start, take)
+            start, length = 0, length - take
+
+    def views(self) -> list[memoryview]:
+        """The segments as writable memoryviews, in order."""
+        return [segment.view for segment in self.segments]
+
+    def tobytes(self) -> bytes:
+        """A copy of the contents."""
+        return b"".join(self.views())
+
+    def fill(self, data: bytes | bytearray | memoryview, start: int = 0) -> None:
+        """Copy ``data`` into the memory from ``start``. Asserts that it fits."""
+        source = memoryview(data).cast("B")
+        position = 0
+        for view in self.slice(start, len(source)).views():
+            view[:] = source[position : position + len(view)]
+            position += len(view)
+
+    def zero(self) -> None:
+        """Fill the memory with zeroes."""
+        for view in self.views():
+            view[:] = bytes(len(view))
+
+    def __add__(self, other: Vector) -> Vector:
+        return Vector(self.segments + other.segments)
+
+    def __repr__(self) -> str:
+        return f"Vector({self.length} bytes in {len(self.segments)}{', registered' if self.registered else ''})"
+
+
+NO_VECTOR = Vector(())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One operation on a layer: ``length`` bytes at ``offset``; READ fills the vector, WRITE takes from it.
+
+    ``vector.length == length`` for READ and WRITE; ZERO and TRIM have none. Made with `Request.read` and its
+    siblings; derive others with `slice`, `moved`, `with_vector`, `with_flags`. Asserts on misuse.
+    """
+
+    operation: Operation
+    offset: int
+    length: int
+    vector: Vector = NO_VECTOR
+    #: The flags that were asked for. Never contains REGISTERED_BUF: see `flags`.
+    asked_flags: Flag = Flag.NONE
+
+    def __post_init__(self) -> None:
+        assert self.offset >= 0 and self.length >= 0
+        assert not self.asked_flags & Flag.REGISTERED_BUF, "REGISTERED_BUF is derived from the vector, never set"
+        if self.operation in (Operation.READ, Operation.WRITE):
+            assert self.vector.length == self.length, (self.vector.length, self.length)
+        else:
+            assert self.vector.length == 0
+
+    @classmethod
+    def read(cls, offset: int, vector: Vector, flags: Flag = Flag.NONE) -> Request:
+        return cls(Operation.READ, offset, vector.length, vector, flags)
+
+    @classmethod
+    def write(cls, offset: int, vector: Vector, flags: Flag = Flag.NONE) -> Request:
+        return cls(Operation.WRITE, offset, vector.length, vector, flags)
+
+    @classmethod
+    def zero(cls, offset: int, length: int, flags: Flag = Flag.NONE) -> Request:
+        return cls(Operation.ZERO, offset, length, NO_VECTOR, flags)
+
+    @classmethod
+    def trim(cls, offset: int, length: int, flags: Flag = Flag.NONE) -> Request:
+        return cls(Operation.TRIM, offset, length, NO_VECTOR, flags)
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def flags(self) -> Flag:
+        """The flags as a layer sees them: those asked for, and REGISTERED_BUF when the vector earns it."""
+        return self.asked_flags | (Flag.REGISTERED_BUF if self.vector.registered else Flag.NONE)
+
+    def slice(self, start: int, length: int) -> Request:
+        """The part of ``length`` bytes that begins ``start`` bytes into this request, over the same memory."""
+        if start == 0 and length == self.length:
+            return self
+        vector = self.vector.slice(start, length) if self.vector.length else NO_VECTOR
+        return replace(self, offset=self.offset + start, length=length, vector=vector)
+
+    def moved(self, offset: int) -> Request:
+        """The same request at another offset (of another layer)."""
+        return replace(self, offset=offset)
+
+    def with_vector(self, vector: Vector) -> Request:
+        """The same request with other memory of the same length."""
+        return replace(self, vector=vector)
+
+    def with_flags(self, flags: Flag) -> Request:
+        """The same request with exactly these flags asked for (REGISTERED_BUF stays derived)."""
+        return replace(self, asked_flags=flags & ~Flag.REGISTERED_BUF)

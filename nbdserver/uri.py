@@ -1,0 +1,205 @@
+"""NBD URIs: where a server listens and which export is meant, in one line of text.
+
+    nbd://127.0.0.1:10809/disk                  TCP; the port is 10809 if not given
+    nbd://[::1]/disk                            the same over IPv6
+    nbd+unix:///disk?socket=/run/nbd.sock       a Unix socket; its path may be relative
+
+Specification: uri.md of the NBD project ("The NBD URI format"), on top of RFC 3986: ASCII only, and whatever has a
+meaning of its own is percent-encoded. A plus sign is a plus sign.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Final
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+from nbdserver.errors import ConfigError
+
+#: The port assigned by IANA; uri.md, "NBD URI authority".
+PORT_DEFAULT: Final = 10809
+PORT_MAX: Final = (1 << 16) - 1
+
+#: Linux's struct sockaddr_un holds 108 bytes, one of them the NUL at the end.
+SOCKET_PATH_MAX: Final = 107
+
+#: A longer URI is a mistake: an export name and a path, each byte percent-encoded, and a host name, fit.
+URI_MAX: Final = 16 * 1024
+
+#: RFC 3986, appendix B: scheme, authority, path, query, fragment.
+_PARTS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL)
+#: An authority without user: a bracketed address or a name, and perhaps a port.
+_AUTHORITY: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]*))?")
+#: RFC 3986, section 2: the characters a URI is made of.
+_FOREIGN: Final = re.compile(r"[^A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]")
+_BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}", re.DOTALL)
+#: What a reg-name of RFC 3986 is once decoded, as far as host names go.
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*)")
+
+_TLS_IS_MISSING: Final = "TLS is not built yet"
+
+
+@dataclass(frozen=True)
+class NbdUri:
+    """A server's address, TCP (``host`` and ``port``) or Unix (``socket``), and an export's name.
+
+    ``host`` has no brackets. ``str()`` gives the URI.
+    """
+
+    host: str = ""
+    port: int = PORT_DEFAULT
+    socket: str | None = None
+    export: str = ""
+
+    def with_export(self, name: str) -> NbdUri:
+        """The same server, another export."""
+        return replace(self, export=name)
+
+    def __str__(self) -> str:
+        name = quote(self.export, safe="/:@")
+        if self.socket is not None:
+            return f"nbd+unix:///{name}?socket={quote(os.fsencode(self.socket), safe='/:@')}"
+        host = "[" + self.host.replace("%", "%25") + "]" if ":" in self.host else self.host
+        return f"nbd://{host}:{self.port}" + (f"/{name}" if name else "")
+
+
+def parse(text: str) -> NbdUri:
+    """The server and export that ``text`` names. Raises ConfigError, which quotes the text."""
+    try:
+        return _parse(text)
+    except ValueError as error:
+        shown = text if len(text) <= 200 else text[:200] + "..."
+        raise ConfigError(f"{shown!r} is not a usable NBD URI: {error}") from None
+
+
+def parse_listen(text: str) -> NbdUri:
+    """An address to listen on: port 0 means any free one, an export name is refused. Raises ConfigError."""
+    address = parse(text)
+    if address.export:
+        raise ConfigError(f"{text!r} names the export {address.export!r}: a listen address serves every export")
+    return address
+
+
+def _parse(text: str) -> NbdUri:
+    """`parse`, raising ValueError with the cause."""
+    _check_characters(text)
+    parts = _PARTS.fullmatch(text)
+    scheme = parts[1].lower() if parts else ""
+    if parts is None or scheme not in ("nbd", "nbd+unix"):
+        raise ValueError(_wrong_scheme(text, scheme))
+    _, authority, path, query, fragment = parts.groups()
+    if fragment is not None:
+        raise ValueError("it has a fragment (write # as %23)")
+    if authority is None and scheme == "nbd":
+        raise ValueError("it names no host; write nbd://127.0.0.1 for this machine alone")
+    export = _export(path)
+    socket = _socket(query, scheme)
+    if socket is not None:
+        if authority:
+            raise ValueError(f"it names a host, {authority}, and a socket; write nbd+unix:///?socket=PATH")
+        return NbdUri(socket=socket, export=export)
+    host, port = _host_and_port(authority)
+    return NbdUri(host=host, port=port, export=export)
+
+
+def _check_characters(text: str) -> None:
+    if len(text) > URI_MAX:
+        raise ValueError(f"it is {len(text)} characters long, at most {URI_MAX} are allowed")
+    foreign = _FOREIGN.search(text)
+    if foreign:
+        escaped = quote(foreign[0].encode(errors="surrogatepass"), safe="")
+        raise ValueError(f"it has the character {foreign[0]!r}, which a URI writes as {escaped}")
+    broken = _BROKEN_ESCAPE.search(text)
+    if broken:
+        raise ValueError(f"{broken[0]!r} is no percent-encoding (write % itself as %25)")
+
+
+def _wrong_scheme(text: str, scheme: str) -> str:
+    if scheme in ("nbds", "nbds+unix"):
+        return _TLS_IS_MISSING
+    if text.startswith(("/", ".")):
+        return f"for a Unix socket write nbd+unix:///?socket={text}"
+    if not text.partition("://")[1]:
+        return f"for TCP write nbd://{text}"
+    return f"its scheme is {scheme!r}, allowed are nbd and nbd+unix"
+
+
+def _export(path: str) -> str:
+    if path and not path.startswith("/"):
+        raise ValueError(f"its path, {path!r}, does not begin with a slash")
+    try:
+        name = unquote(path[1:], errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("its export name is not UTF-8") from None
+    if "\0" in name:
+        raise ValueError("its export name contains a NUL character")
+    return name
+
+
+def _socket(query: str | None, scheme: str) -> str | None:
+    """The path of the Unix socket, None for TCP."""
+    parameters = _parameters(query)
+    socket = parameters.pop("socket", None)
+    for name in parameters:
+        if name.startswith("tls-"):
+            raise ValueError(f"it has the parameter {name}, but {_TLS_IS_MISSING}")
+        raise ValueError(f"its parameter {name!r} is unknown, allowed is socket (with nbd+unix)")
+    if scheme == "nbd":
+        if socket is not None:
+            raise ValueError("a socket goes with the scheme nbd+unix")
+        return None
+    if not socket:
+        raise ValueError("it names no socket; write nbd+unix:///?socket=PATH")
+    if "\0" in socket:
+        raise ValueError("its socket is in the abstract namespace, which is not supported")
+    length = len(os.fsencode(socket))
+    if length > SOCKET_PATH_MAX:
+        raise ValueError(f"its socket's path is {length} bytes long, the system allows {SOCKET_PATH_MAX}")
+    return socket
+
+
+def _parameters(query: str | None) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for item in (query or "").split("&"):
+        name, _, value = item.partition("=")
+        if not item:
+            continue
+        name = unquote(name)
+        if name in parameters:
+            raise ValueError(f"its parameter {name!r} is given twice")
+        parameters[name] = os.fsdecode(unquote_to_bytes(value))
+    return parameters
+
+
+def _host_and_port(authority: str) -> tuple[str, int]:
+    if "@" in authority:
+        raise ValueError(f"it names a user, which is for TLS, but {_TLS_IS_MISSING}")
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
+        raise ValueError(f"{authority!r} is not HOST:PORT (an IPv6 address goes in brackets)")
+    literal, name, digits = match.groups()
+    if literal is not None:
+        host = _ipv6(unquote(literal))
+    else:
+        host = unquote(name)
+        if not host:
+            raise ValueError("it names no host; write nbd://127.0.0.1 for this machine alone, nbd://0.0.0.0 for all")
+        if not _HOST_NAME.fullmatch(host):
+            raise ValueError(f"{host!r} is not a host name")
+    return host, _port(digits) if digits else PORT_DEFAULT
+
+
+def _port(digits: str) -> int:
+    if len(digits) > 5 or int(digits) > PORT_MAX:
+        raise ValueError(f"its port is {digits}, at most {PORT_MAX} is allowed")
+    return int(digits)
+
+
+def _ipv6(text: str) -> str:
+    try:
+        return str(ipaddress.IPv6Address(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IPv6 address") from None
