@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbdserver.server import Server
 
+    __version__: str
+
 __all__ = ["Server", "__version__"]
 
 

@@ -58,15 +58,13 @@ class _Commands(click.Group):
             raise _Failure(str(error)) from error
 
 
-class _Size(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
-        text = str(value)
-        try:
-            return config.size(int(text) if text.isdecimal() else text, config.POOL_MIN, config.POOL_MAX)
-        except ValueError as error:
-            self.fail(f"found {text!r}, allowed is {error}", parameter, context)
+def _check_pool(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return config.size(int(value) if value.isdecimal() else value, config.POOL_MIN, config.POOL_MAX)
+    except ValueError as error:
+        raise click.BadParameter(f"found {value!r}, allowed is {error}", context, parameter) from error
 
 
 def _check_listen(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,9 +77,9 @@ def _check_listen(context: click.Context, parameter: click.Parameter, value: tup
 def _check_format(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None:
         try:
-            registry.image("", value)
-        except NbdserverError as error:
-            raise click.BadParameter(getattr(error, "message", str(error)), context, parameter) from error
+            config.check_format(value)
+        except ConfigError as error:
+            raise click.BadParameter(error.message, context, parameter) from error
     return value
 
 
@@ -91,7 +89,7 @@ def main() -> None:
     """Serve layered disk images over NBD, the Network Block Device protocol."""
 
 
-@main.command()
+@main.command(short_help="Serve a configuration or images.")
 @click.argument("sources", nargs=-1, metavar="[CONFIG.toml | IMAGE...]")
 @click.option(
     "--listen",
@@ -130,7 +128,9 @@ def main() -> None:
     metavar="N",
     help="Threads that serve connections.  [default: the engine decides, by the number of cores]",
 )
-@click.option("--pool", type=_Size(), metavar="SIZE", help="Memory for payloads, such as 256M.  [default: 128M]")
+@click.option(
+    "--pool", callback=_check_pool, metavar="SIZE", help="Memory for payloads, such as 256M.  [default: 128M]"
+)
 @click.option(
     "--record",
     metavar="DIR",
@@ -152,6 +152,7 @@ def main() -> None:
 @click.option("--verbose", "-v", is_flag=True, help="Log each export at the start, and the counters at the end.")
 @click.option("--quiet", "-q", is_flag=True, help="Log nothing but errors.")
 def serve(
+    *,
     sources: tuple[str, ...],
     listen: tuple[str, ...],
     format: str | None,
@@ -184,18 +185,18 @@ def serve(
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet contradict each other")
     wanted = _configured(sources, format, read_only or None)
-    options = {"backend": backend, "workers": workers, "pool": pool, "record": record}
-    engine = dataclasses.replace(wanted.engine, **{key: value for key, value in options.items() if value is not None})
+    options: dict[str, Any] = {"backend": backend, "workers": workers, "pool": pool, "record": record}
+    given = {key: value for key, value in options.items() if value is not None}
     wanted = dataclasses.replace(
         wanted,
         listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
         roots=(*wanted.roots, *roots),
-        engine=engine,
+        engine=dataclasses.replace(wanted.engine, **given),
     )
     _Service(wanted, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
 
 
-@main.command("check-config")
+@main.command("check-config", short_help="Check a configuration.")
 @click.argument("file", metavar="CONFIG.toml")
 @click.option("--open", "is_open", is_flag=True, help="Open every image too, read-only.")
 def check_config(file: str, is_open: bool) -> None:
@@ -210,7 +211,7 @@ def check_config(file: str, is_open: bool) -> None:
     click.echo(f"{file}: {count} {'export' if count == 1 else 'exports'}, no errors")
 
 
-@main.command("list")
+@main.command("list", short_help="List exports.")
 @click.argument("source", metavar="[CONFIG.toml | URI]", default=CONFIG_DEFAULT)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(source: str, as_json: bool) -> None:
@@ -228,7 +229,7 @@ def list_(source: str, as_json: bool) -> None:
     _require(rows)
 
 
-@main.command("layers")
+@main.command("layers", short_help="Describe the layers and their keys.")
 def layers_() -> None:
     """Describe the layers there are, and their keys in a configuration."""
     for name in registry.names():
@@ -363,7 +364,7 @@ def _signals() -> Iterator[queue.SimpleQueue[str]]:
         stopping = True
         events.put("stop")
 
-    handlers: dict[int, Callable[[int, Any], None]] = {number: stop for number in STOP_SIGNALS}
+    handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(STOP_SIGNALS, stop)
     handlers[signal.SIGUSR1] = lambda number, frame: events.put("stats")
     # Who started us with SIGHUP ignored (nohup) wants it so.
     chosen = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}

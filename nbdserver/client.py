@@ -6,6 +6,7 @@ every length is bounded, and nothing is waited for longer than a few seconds.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -41,26 +42,29 @@ class RemoteExport:
 
 
 def list_exports(address: NbdUri) -> list[RemoteExport]:
-    """All exports of the server, or the one that ``address`` names. Raises ProtocolError, OSError."""
-    with _connect(address) as connection:
-        client = _Client(connection)
-        listed = {address.export: ""} if address.export else client.list()
-        exports = [client.info(name, description) for name, description in listed.items()]
-        client.abort()
-        return exports
+    """All exports of the server, or the one that ``address`` names. Raises ProtocolError, which names the server."""
+    try:
+        with _connect(address) as connection:
+            client = _Client(connection)
+            listed = {address.export: ""} if address.export else client.list()
+            exports = [client.info(name, description) for name, description in listed.items()]
+            client.abort()
+            return exports
+    except OSError as error:
+        raise ProtocolError(f"{address}: {error.strerror or error}") from error
+    except ProtocolError as error:
+        raise ProtocolError(f"{address}: {error}") from error
 
 
 def _connect(address: NbdUri) -> socket.socket:
     if address.socket is None:
         return socket.create_connection((address.host, address.port), TIMEOUT_S)
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(TIMEOUT_S)
-    try:
+    with contextlib.ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX))
+        connection.settimeout(TIMEOUT_S)
         connection.connect(address.socket)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        undo.pop_all()
+        return connection
 
 
 class _Client:
@@ -108,11 +112,9 @@ class _Client:
 
     def abort(self) -> None:
         """Say goodbye; a server that has left already is fine."""
-        try:
+        with contextlib.suppress(ProtocolError, OSError):
             self._send(Option.ABORT, b"")
             self._receive(20)
-        except (ProtocolError, OSError):
-            pass
 
     def _ask(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         """The replies to an option, up to and without the ACK. Raises ProtocolError for an error reply."""

@@ -255,13 +255,23 @@ def _export(name: str, table: _Table, directory: str) -> ExportConfig:
 
 
 def _check_buildable(export: ExportConfig) -> None:
-    """Build what can be built with no file opened."""
-    if export.format is None and export.image is not None:
-        return
-    try:
+    """Hold format and layers to what there is, as far as that needs no file."""
+    if export.layers is not None:
         export.build()
+    elif export.format is not None:
+        try:
+            check_format(export.format)
+        except ConfigError as error:
+            _refuse(export.where, "format", f"found {_shown(export.format)}: {error.message}")
+
+
+def check_format(format: str) -> None:
+    """Raises ConfigError unless there is a layer that reads images of ``format``."""
+    registry.layer_type(format)
+    try:
+        registry.image("", format)
     except ImageError as error:
-        _refuse(export.where, "format", f"found {export.format!r}: {error.message}")
+        raise ConfigError(error.message) from error
 
 
 def _check_names(exports: Sequence[ExportConfig]) -> None:

@@ -130,7 +130,7 @@ def image(path: str, format: str) -> Layer:
 
 
 def convert(value: object, hint: Any) -> object:
-    """``value`` as what a field annotated ``hint`` holds, or _Unfit."""
+    """``value`` as what a field annotated ``hint`` holds. ValueError says what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint == Size:
         return parse_size(value)
@@ -158,7 +158,7 @@ def convert(value: object, hint: Any) -> object:
 
 
 def parse_size(value: object) -> int:
-    """Bytes, from an int or from "4096", "64K", "64KiB", "1G": powers of 1024. Raises _Unfit."""
+    """Bytes, from an int or from "4096", "64K", "64KiB", "1G": powers of 1024. ValueError says what is allowed."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     found = (
@@ -171,7 +171,7 @@ def parse_size(value: object) -> int:
     return int(found[1]) << 10 * " KMGTPE".index((found[2] or " ").upper())
 
 
-class _Unfit(Exception):
+class _Unfit(ValueError):
     """A value is not what a field holds; says what it does hold."""
 
 

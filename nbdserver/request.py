@@ -57,8 +57,8 @@ class Buffer(Protocol):
         """All its bytes, writable, format 'B'. Holding the view keeps the memory."""
 
     @property
-    def registration(self) -> Registration | None:
-        """The registered slot this is *now*, or None."""
+    def registration(self) -> tuple[int, int, int] | None:
+        """The registered slot this is *now* (a `Registration`), or None."""
 
 
 class Memory:

@@ -8,8 +8,8 @@
         uri = nbd_server(Raw(file=File(path=str(tmp_path / "disk.img")), offset=1 << 20))
         ...
 
-Needs no root and no configuration: servers listen on Unix sockets in a directory of the test's own and stop when the test
-ends. What goes wrong while they stop fails the test.
+Needs no root and no configuration: servers listen on Unix sockets in a directory of the test's own and stop when the
+test ends. What goes wrong while they stop fails the test.
 
 `nbd_server` runs the server in the test's process; `nbd_server.process` runs ``nbdserver serve`` as one of its own, for
 tests that kill it or look at its log.
@@ -64,7 +64,7 @@ class ServerProcess:
         self.listen = listen
         self._log = log
         self._cwd = cwd
-        self._command = [*command, sys.executable, "-m", "nbdserver", "serve", *map(os.fspath, arguments)]
+        self._command = [*command, sys.executable, "-m", "nbdserver", "serve", *(os.fspath(word) for word in arguments)]
         self._command += ["--listen", str(listen)]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,9 +72,10 @@ class ServerProcess:
         """Start and wait until it accepts connections. Raises RuntimeError with its output if it does not."""
         assert self._process is None, "already running"
         with self._log.open("ab") as log:
+            before = log.tell()
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._cwd)
         deadline = time.monotonic() + START_MAX_S
-        while not self._accepts():
+        while not self._is_ready(before):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"{' '.join(self._command)} does not serve:\n{self.log}")
@@ -116,16 +117,12 @@ class ServerProcess:
         finally:
             self.kill()
 
-    def _accepts(self) -> bool:
-        if self.listen.socket is None:
-            family, address = socket.AF_INET, (self.listen.host, self.listen.port)
-        else:
-            family, address = socket.AF_UNIX, self.listen.socket  # type: ignore[assignment]
-        with socket.socket(family) as probe:
-            return probe.connect_ex(address) == 0
+    def _is_ready(self, before: int) -> bool:
+        """Whether the log says so, past its first ``before`` bytes."""
+        return b"\nready\n" in b"\n" + self._log.read_bytes()[before:]
 
     def __enter__(self) -> ServerProcess:
-        return self.start()
+        return self if self._process is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -80,6 +80,9 @@ def parse_listen(text: str) -> NbdUri:
     address = parse(text)
     if address.export:
         raise ConfigError(f"{text!r} names the export {address.export!r}: a listen address serves every export")
+    length = len(os.fsencode(address.socket or ""))
+    if length > SOCKET_PATH_MAX:
+        raise ConfigError(f"{text!r} names a socket {length} bytes long: the system allows {SOCKET_PATH_MAX}")
     return address
 
 
@@ -155,9 +158,6 @@ def _socket(query: str | None, scheme: str) -> str | None:
         raise ValueError("it names no socket; write nbd+unix:///?socket=PATH")
     if "\0" in socket:
         raise ValueError("its socket is in the abstract namespace, which is not supported")
-    length = len(os.fsencode(socket))
-    if length > SOCKET_PATH_MAX:
-        raise ValueError(f"its socket's path is {length} bytes long, the system allows {SOCKET_PATH_MAX}")
     return socket
 
 

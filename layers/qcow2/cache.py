@@ -25,7 +25,7 @@ class Write(NamedTuple):
 class Table:
     """A table of the file: its entries (in native byte order), its place, and which sectors of it have changed."""
 
-    __slots__ = ("changed", "entries", "in_flight", "place")
+    __slots__ = ("changed", "entries", "in_flight", "place", "unlinked")
 
     def __init__(self, place: int, entries: array[int]) -> None:
         self.place = place
@@ -34,6 +34,16 @@ class Table:
         self.changed: set[int] = set()
         #: Whether a cut that has it is being written.
         self.in_flight = False
+        #: Whether nothing in the file can refer to it yet.
+        self.unlinked = False
+
+    @classmethod
+    def new(cls, place: int, entries: array[int]) -> Table:
+        """A table that the file does not have yet."""
+        table = cls(place, entries)
+        table.unlinked = True
+        table.mark(0, len(entries))
+        return table
 
     @classmethod
     def parse(cls, place: int, data: bytes, typecode: str = "Q") -> Table:
@@ -51,10 +61,6 @@ class Table:
             self.changed.add(first)
         else:
             self.changed.update(range(first, last + 1))
-
-    def mark_all(self) -> None:
-        """Note that the file has none of it yet."""
-        self.mark(0, len(self.entries))
 
     def encode(self, sectors: set[int]) -> Iterator[Write]:
         """The bytes of these sectors, for the file, neighbours joined."""

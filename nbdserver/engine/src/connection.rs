@@ -71,7 +71,10 @@ impl Outgoing {
         write(scratch);
         let mut bytes = [0; HEAD_MAX];
         bytes[..scratch.len()].copy_from_slice(scratch);
-        self.items.push_back(Item::Head { bytes, length: scratch.len() as u8 });
+        self.items.push_back(Item::Head {
+            bytes,
+            length: scratch.len() as u8,
+        });
     }
 
     fn data(&mut self, vector: &Vector, range: Range<usize>) {
@@ -82,7 +85,15 @@ impl Outgoing {
 
     /// Queue a reply.
     pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
-        let Reply { cookie, offset, structured, whole, weight, result, .. } = reply;
+        let Reply {
+            cookie,
+            offset,
+            structured,
+            whole,
+            weight,
+            result,
+            ..
+        } = reply;
         match result {
             Err(failure) => self.error(cookie, structured, &failure, scratch),
             Ok(Body::Data { vector, holes }) if structured && !vector.is_empty() => {
@@ -106,13 +117,7 @@ impl Outgoing {
         self.items.push_back(Item::End { weight });
     }
 
-    fn error(
-        &mut self,
-        cookie: u64,
-        structured: bool,
-        failure: &Failure,
-        scratch: &mut Vec<u8>,
-    ) {
+    fn error(&mut self, cookie: u64, structured: bool, failure: &Failure, scratch: &mut Vec<u8>) {
         let error = wire::nbd_errno(failure.errno);
         if structured {
             let mut out = Vec::new();
@@ -133,7 +138,10 @@ impl Outgoing {
         whole: bool,
         scratch: &mut Vec<u8>,
     ) {
-        assert!(!whole || holes.is_empty(), "holes are filled in where DF is set");
+        assert!(
+            !whole || holes.is_empty(),
+            "holes are filled in where DF is set"
+        );
         let end = vector.len();
         let mut position = 0;
         let mut holes = holes.iter().peekable();
@@ -147,10 +155,16 @@ impl Outgoing {
             let at = offset + position as u64;
             let length = (until - position) as u32;
             if is_hole {
-                self.head(|out| wire::offset_hole(out, flags, cookie, at, length), scratch);
+                self.head(
+                    |out| wire::offset_hole(out, flags, cookie, at, length),
+                    scratch,
+                );
                 holes.next();
             } else {
-                self.head(|out| wire::offset_data(out, flags, cookie, at, length), scratch);
+                self.head(
+                    |out| wire::offset_data(out, flags, cookie, at, length),
+                    scratch,
+                );
                 self.data(vector, position..until);
             }
             position = until;
@@ -223,7 +237,6 @@ pub struct Payload {
 pub struct Connection {
     pub socket: OwnedFd,
     pub token: u64,
-    pub peer: String,
     pub phase: Phase,
     /// When the handshake must be over.
     pub deadline: Instant,

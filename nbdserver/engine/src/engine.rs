@@ -79,7 +79,8 @@ impl Files {
 
 impl Engine {
     pub fn new(settings: &Settings) -> Result<Arc<Engine>, StartError> {
-        let said = |what: &str, error: &dyn std::fmt::Display| StartError(format!("{what}: {error}"));
+        let said =
+            |what: &str, error: &dyn std::fmt::Display| StartError(format!("{what}: {error}"));
         let pool = Pool::new(settings.pool).map_err(|error| said("the buffer pool", &error))?;
         let recorder = match &settings.record {
             None => None,
@@ -164,7 +165,11 @@ impl Engine {
     }
 
     pub fn new_export(&self, size: u64, read_only: bool) -> Arc<Export> {
-        Arc::new(Export::new(self.exports.fetch_add(1, Relaxed), size, read_only))
+        Arc::new(Export::new(
+            self.exports.fetch_add(1, Relaxed),
+            size,
+            read_only,
+        ))
     }
 
     pub fn open_file(

@@ -118,7 +118,11 @@ impl Export {
         let cache = self.cache.read().unwrap();
         let covered = cache.lookup(offset, length, &mut pieces);
         crate::points::reached("export.readable");
-        places.extend(pieces.into_iter().map(|piece| Place::enter(users, shard, piece)));
+        places.extend(
+            pieces
+                .into_iter()
+                .map(|piece| Place::enter(users, shard, piece)),
+        );
         covered
     }
 
@@ -133,7 +137,11 @@ impl Export {
         let mut pieces = Vec::new();
         let cache = self.cache.read().unwrap();
         let covered = cache.lookup_writable(offset, length, &mut pieces);
-        places.extend(pieces.into_iter().map(|piece| Place::enter(users, shard, piece)));
+        places.extend(
+            pieces
+                .into_iter()
+                .map(|piece| Place::enter(users, shard, piece)),
+        );
         covered
     }
 
@@ -242,7 +250,10 @@ impl DirtyLog {
     pub fn new(size: u64, granularity: u64) -> DirtyLog {
         assert!(granularity.is_power_of_two());
         let words = size.div_ceil(granularity).div_ceil(64) as usize;
-        DirtyLog { granularity, bits: (0..words).map(|_| AtomicU64::new(0)).collect() }
+        DirtyLog {
+            granularity,
+            bits: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     fn mark(&self, offset: u64, length: u64) {

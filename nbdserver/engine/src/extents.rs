@@ -121,10 +121,6 @@ impl Cache {
         self.entries.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// Append to `out` the pieces that cover a prefix of the range, merged as far as a reader does
     /// not mind (what is writable only in part becomes not writable). Returns the bytes covered:
     /// it stops at the first byte that is not known.

@@ -24,13 +24,33 @@ const RESOLVES_MAX: u32 = 8;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
     /// Enter extents for the range; `sequence` was current before.
-    Resolve { offset: u64, length: u64, sequence: u64 },
-    Read { offset: u64, length: u64 },
+    Resolve {
+        offset: u64,
+        length: u64,
+        sequence: u64,
+    },
+    Read {
+        offset: u64,
+        length: u64,
+    },
     /// Make a prefix of the range writable, or write it.
-    Write { offset: u64, length: u64, sequence: u64 },
-    Zero { offset: u64, length: u64 },
-    Trim { offset: u64, length: u64 },
-    Status { offset: u64, length: u64 },
+    Write {
+        offset: u64,
+        length: u64,
+        sequence: u64,
+    },
+    Zero {
+        offset: u64,
+        length: u64,
+    },
+    Trim {
+        offset: u64,
+        length: u64,
+    },
+    Status {
+        offset: u64,
+        length: u64,
+    },
     Flush,
 }
 
@@ -47,7 +67,14 @@ pub struct Fault {
 
 impl Fault {
     pub fn new(engine: Arc<Engine>, request: Request) -> Fault {
-        Fault { engine, request: Some(request), step: Step::Flush, done: 0, resolves: 0, flushed: false }
+        Fault {
+            engine,
+            request: Some(request),
+            step: Step::Flush,
+            done: 0,
+            resolves: 0,
+            flushed: false,
+        }
     }
 
     /// Go on until Python is needed (true; see `step`) or the request has been answered (false).
@@ -70,7 +97,9 @@ impl Fault {
     }
 
     fn request(&self) -> &Request {
-        self.request.as_ref().expect("a fault that has not been answered")
+        self.request
+            .as_ref()
+            .expect("a fault that has not been answered")
     }
 
     fn advance(&mut self) -> Result<Option<Step>, Errno> {
@@ -101,9 +130,13 @@ impl Fault {
         let mut places = Vec::new();
         let (users, shard) = (&self.engine.users, self.engine.shard());
         let covered = if write {
-            request.export.writable(users, shard, (offset, length), &mut places)
+            request
+                .export
+                .writable(users, shard, (offset, length), &mut places)
         } else {
-            request.export.readable(users, shard, (offset, length), &mut places)
+            request
+                .export
+                .readable(users, shard, (offset, length), &mut places)
         };
         (offset, length, places, covered)
     }
@@ -121,12 +154,19 @@ impl Fault {
                 return Ok(Some(if self.resolves > RESOLVES_MAX {
                     Step::Read { offset, length }
                 } else {
-                    Step::Resolve { offset, length, sequence }
+                    Step::Resolve {
+                        offset,
+                        length,
+                        sequence,
+                    }
                 }));
             }
             let first = places[0].piece;
             if first.target == Target::Code {
-                return Ok(Some(Step::Read { offset, length: first.length }));
+                return Ok(Some(Step::Read {
+                    offset,
+                    length: first.length,
+                }));
             }
             self.transfer(places, false)?;
         }
@@ -141,7 +181,11 @@ impl Fault {
                 return Ok(None);
             }
             if covered == 0 {
-                return Ok(Some(Step::Write { offset, length, sequence }));
+                return Ok(Some(Step::Write {
+                    offset,
+                    length,
+                    sequence,
+                }));
             }
             self.transfer(places, true)?;
         }
@@ -151,7 +195,10 @@ impl Fault {
     fn transfer(&mut self, places: Vec<Place>, write: bool) -> Result<(), Errno> {
         let mut transfers: Vec<Transfer> = Vec::new();
         let start = self.done as usize;
-        let request = self.request.as_mut().expect("a fault that has not been answered");
+        let request = self
+            .request
+            .as_mut()
+            .expect("a fault that has not been answered");
         let planned = plan(request, &self.engine.files, start, places, &mut transfers)?;
         for transfer in &transfers {
             transfer.run(request, write)?;
@@ -170,7 +217,11 @@ impl Fault {
             }
             if covered == 0 {
                 self.resolves += 1;
-                return Ok(Some(Step::Resolve { offset, length, sequence }));
+                return Ok(Some(Step::Resolve {
+                    offset,
+                    length,
+                    sequence,
+                }));
             }
             for place in places {
                 if let Target::File { file, offset, .. } = place.piece.target
@@ -199,7 +250,9 @@ impl Fault {
     }
 
     fn succeed(&mut self) {
-        let Some(request) = self.request.take() else { return };
+        let Some(request) = self.request.take() else {
+            return;
+        };
         self.leave(&request);
         let header = &request.header;
         match header.command {
@@ -214,13 +267,17 @@ impl Fault {
 
     /// Answer a block status request.
     pub fn status(&mut self, contexts: Vec<(u32, Vec<(u32, u32)>)>) {
-        let Some(request) = self.request.take() else { return };
+        let Some(request) = self.request.take() else {
+            return;
+        };
         self.leave(&request);
         request.finish(Ok(Body::Status(contexts)));
     }
 
     pub fn fail(&mut self, failure: Failure) {
-        let Some(request) = self.request.take() else { return };
+        let Some(request) = self.request.take() else {
+            return;
+        };
         self.leave(&request);
         request.finish(Err(failure));
     }
@@ -267,12 +324,20 @@ pub struct Faults {
 impl Faults {
     pub fn new(threads: usize) -> Faults {
         let export_max = threads.saturating_sub(threads.div_ceil(4)).max(1);
-        Faults { queue: Mutex::default(), work: Condvar::new(), export_max }
+        Faults {
+            queue: Mutex::default(),
+            work: Condvar::new(),
+            export_max,
+        }
     }
 
     pub fn push(&self, engine: &Arc<Engine>, request: Request) {
         count(&request.export.counters.faults, 1);
-        self.queue.lock().unwrap().waiting.push_back((engine.clone(), request));
+        self.queue
+            .lock()
+            .unwrap()
+            .waiting
+            .push_back((engine.clone(), request));
         self.work.notify_one();
     }
 

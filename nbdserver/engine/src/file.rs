@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
+use rustix::fs::{
+    FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek,
+};
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
 use crate::extents::FileId;
@@ -128,7 +130,11 @@ impl File {
         if !self.nowait.load(Relaxed) {
             return Ok(0);
         }
-        let flags = if self.memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
+        let flags = if self.memory {
+            ReadWriteFlags::empty()
+        } else {
+            ReadWriteFlags::NOWAIT
+        };
         let count = slices.len().min(IOV_MAX);
         match preadv2(&self.fd, &mut slices[..count], offset, flags) {
             Ok(done) => {
@@ -190,7 +196,9 @@ impl File {
 
     pub fn begin_write(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Option<Token> {
         let length = range.len() as u64;
-        self.begin(Operation::Write, 0, (offset, length), || vector.io_slices(range))
+        self.begin(Operation::Write, 0, (offset, length), || {
+            vector.io_slices(range)
+        })
     }
 
     fn begin<'a>(
@@ -218,8 +226,12 @@ impl File {
         may_unmap: bool,
         no_fallback: bool,
     ) -> Result<(), Errno> {
-        let token =
-            self.begin(Operation::Zero, u32::from(may_unmap), (offset, length), Vec::new);
+        let token = self.begin(
+            Operation::Zero,
+            u32::from(may_unmap),
+            (offset, length),
+            Vec::new,
+        );
         let result = self.zero_inner(offset, length, may_unmap, no_fallback);
         self.end(token, result);
         result
@@ -251,7 +263,11 @@ impl File {
         let zeroes = vec![0; ZERO_CHUNK.min(length as usize)];
         self.write_all(offset, |done| {
             let left = (length as usize - done).min(zeroes.len());
-            if left == 0 { Vec::new() } else { vec![IoSlice::new(&zeroes[..left])] }
+            if left == 0 {
+                Vec::new()
+            } else {
+                vec![IoSlice::new(&zeroes[..left])]
+            }
         })
     }
 
@@ -363,7 +379,10 @@ impl File {
 }
 
 fn unsupported(errno: Errno) -> bool {
-    matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL)
+    matches!(
+        errno,
+        Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL
+    )
 }
 
 fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {

@@ -8,11 +8,19 @@ use crate::worker::{Inbox, Message};
 
 /// What a connection in its handshake has sent, whole.
 pub enum Said {
-    Open { peer: String },
+    Open {
+        peer: String,
+    },
     Flags(u32),
-    Option { code: u32, data: Vec<u8> },
+    Option {
+        code: u32,
+        data: Vec<u8>,
+    },
     /// An option too long to take in; its data has been thrown away.
-    Oversized { code: u32, length: u32 },
+    Oversized {
+        code: u32,
+        length: u32,
+    },
     Closed,
 }
 
@@ -27,7 +35,12 @@ pub enum Action {
     /// Go on with the next option.
     Next { data: Vec<u8> },
     /// The transmission phase begins.
-    Begin { data: Vec<u8>, export: Arc<Export>, structured: bool, contexts: Vec<(u32, String)> },
+    Begin {
+        data: Vec<u8>,
+        export: Arc<Export>,
+        structured: bool,
+        contexts: Vec<(u32, String)>,
+    },
     /// The connection ends.
     End { data: Vec<u8> },
 }

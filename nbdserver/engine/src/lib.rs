@@ -75,7 +75,11 @@ impl Slot {
     #[getter]
     fn registration(&self) -> Option<(u32, u32, u32)> {
         let registration = self.slot.registration()?;
-        Some((registration.pool, registration.slot, registration.generation))
+        Some((
+            registration.pool,
+            registration.slot,
+            registration.generation,
+        ))
     }
 
     fn __len__(&self) -> usize {
@@ -94,7 +98,11 @@ impl Slot {
             let length = length as ffi::Py_ssize_t;
             ffi::PyBuffer_FillInfo(view, slf.as_ptr(), memory.cast(), length, 0, flags)
         };
-        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+        if filled == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
     }
 }
 
@@ -130,7 +138,11 @@ impl<'py> Segments<'py> {
             }
             position += length;
         }
-        Ok(Segments { vector: Vector::of(segments), foreign, py: vector.py() })
+        Ok(Segments {
+            vector: Vector::of(segments),
+            foreign,
+            py: vector.py(),
+        })
     }
 
     /// Copy ordinary memory into its bounce buffers, before a write.
@@ -173,7 +185,11 @@ struct Use {
 impl Use {
     fn __enter__(&mut self) {
         let (file, offset, length) = self.place;
-        self.held = Some(self.engine.users.enter(self.engine.shard(), file, offset, length));
+        self.held = Some(
+            self.engine
+                .users
+                .enter(self.engine.shard(), file, offset, length),
+        );
     }
 
     #[pyo3(signature = (*_exception))]
@@ -184,7 +200,9 @@ impl Use {
 
 impl File {
     fn enter(&self, offset: u64, length: u64) -> users::Use {
-        self.engine.users.enter(self.engine.shard(), self.file.id, offset, length)
+        self.engine
+            .users
+            .enter(self.engine.shard(), self.file.id, offset, length)
     }
 }
 
@@ -265,11 +283,16 @@ impl File {
     }
 
     fn status(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<Vec<(u64, bool)>> {
-        py.detach(|| self.file.status(offset, length)).map_err(os_error)
+        py.detach(|| self.file.status(offset, length))
+            .map_err(os_error)
     }
 
     fn r#use(&self, offset: u64, length: u64) -> Use {
-        Use { engine: self.engine.clone(), place: (self.file.id, offset, length), held: None }
+        Use {
+            engine: self.engine.clone(),
+            place: (self.file.id, offset, length),
+            held: None,
+        }
     }
 
     fn wait_unused(&self, py: Python<'_>, offset: u64, length: u64) {
@@ -328,7 +351,11 @@ fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
         let (length, target, offset, writable): (u64, Bound<'_, PyAny>, u64, bool) =
             leaf?.extract()?;
         let target = if let Ok(file) = target.cast::<File>() {
-            Target::File { file: file.get().file.id, offset, writable }
+            Target::File {
+                file: file.get().file.id,
+                offset,
+                writable,
+            }
         } else {
             match target.extract::<u8>()? {
                 0 => Target::Zero,
@@ -364,11 +391,12 @@ impl Export {
     }
 
     fn fill(&self, sequence: u64, offset: u64, leaves: &Bound<'_, PyAny>) -> PyResult<bool> {
-        Ok(self.export.fill(sequence, offset, &pieces(leaves)?))
+        let pieces = pieces(leaves)?;
+        Ok(leaves.py().detach(|| self.export.fill(sequence, offset, &pieces)))
     }
 
-    fn changed(&self, offset: u64, length: u64) {
-        self.export.changed(offset, length);
+    fn changed(&self, py: Python<'_>, offset: u64, length: u64) {
+        py.detach(|| self.export.changed(offset, length));
     }
 
     fn clear(&self) {
@@ -388,9 +416,15 @@ impl Export {
         if !granularity.is_power_of_two() {
             return Err(PyValueError::new_err("granularity is not a power of two"));
         }
-        let log = Arc::new(export::DirtyLog::new(self.export.size.load(Relaxed), granularity));
+        let log = Arc::new(export::DirtyLog::new(
+            self.export.size.load(Relaxed),
+            granularity,
+        ));
         self.export.add_log(log.clone());
-        Ok(DirtyLog { export: self.export.clone(), log })
+        Ok(DirtyLog {
+            export: self.export.clone(),
+            log,
+        })
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -465,7 +499,9 @@ impl Fault {
     #[getter]
     fn contexts(&self) -> Vec<(u32, String)> {
         let request = self.fault.request.as_ref();
-        request.map(|request| request.session.contexts.clone()).unwrap_or_default()
+        request
+            .map(|request| request.session.contexts.clone())
+            .unwrap_or_default()
     }
 
     /// The request's memory for a range of the export: (slot, start, length) segments.
@@ -569,7 +605,9 @@ impl Event {
     }
 
     fn next(&self, data: &[u8]) {
-        self.event.act(Action::Next { data: data.to_vec() });
+        self.event.act(Action::Next {
+            data: data.to_vec(),
+        });
     }
 
     fn begin(
@@ -580,11 +618,18 @@ impl Event {
         contexts: Vec<(u32, String)>,
     ) {
         let export = export.get().export.clone();
-        self.event.act(Action::Begin { data: data.to_vec(), export, structured, contexts });
+        self.event.act(Action::Begin {
+            data: data.to_vec(),
+            export,
+            structured,
+            contexts,
+        });
     }
 
     fn end(&self, data: &[u8]) {
-        self.event.act(Action::End { data: data.to_vec() });
+        self.event.act(Action::End {
+            data: data.to_vec(),
+        });
     }
 }
 
@@ -614,18 +659,30 @@ impl Engine {
             other => return Err(PyValueError::new_err(format!("no backend {other:?}"))),
         };
         if workers == 0 || fault_threads == 0 {
-            return Err(PyValueError::new_err("workers and fault_threads must be at least 1"));
+            return Err(PyValueError::new_err(
+                "workers and fault_threads must be at least 1",
+            ));
         }
         let handshake_timeout = seconds(handshake_timeout)?;
-        let settings =
-            Settings { workers, pool, backend, fault_threads, handshake_timeout, record };
+        let settings = Settings {
+            workers,
+            pool,
+            backend,
+            fault_threads,
+            handshake_timeout,
+            record,
+        };
         let engine = engine::Engine::new(&settings).map_err(|error| PyOSError::new_err(error.0))?;
         Ok(Engine { engine })
     }
 
     #[getter]
     fn backend(&self) -> &'static str {
-        if self.engine.refused.is_some() { "threads" } else { "io_uring" }
+        if self.engine.refused.is_some() {
+            "threads"
+        } else {
+            "io_uring"
+        }
     }
 
     /// Why the backend is "threads", or None.
@@ -650,23 +707,38 @@ impl Engine {
     }
 
     fn open_file(&self, fd: RawFd, name: String, read_only: bool) -> PyResult<File> {
-        let file = self.engine.open_file(owned(fd), name, read_only).map_err(os_error)?;
-        Ok(File { engine: self.engine.clone(), file })
+        let file = self
+            .engine
+            .open_file(owned(fd), name, read_only)
+            .map_err(os_error)?;
+        Ok(File {
+            engine: self.engine.clone(),
+            file,
+        })
     }
 
     fn new_export(&self, size: u64, read_only: bool) -> Export {
-        Export { export: self.engine.new_export(size, read_only) }
+        Export {
+            export: self.engine.new_export(size, read_only),
+        }
     }
 
     fn allocate(&self, length: usize) -> PyResult<Vec<Slot>> {
         let slots = self.engine.pool.allocate_bounce(length);
         let slots = slots.ok_or_else(|| os_error(Errno::NOMEM))?;
-        Ok(slots.into_iter().map(|slot| Slot { slot: Arc::new(slot) }).collect())
+        Ok(slots
+            .into_iter()
+            .map(|slot| Slot {
+                slot: Arc::new(slot),
+            })
+            .collect())
     }
 
     fn start(&self, listeners: Vec<RawFd>) -> PyResult<()> {
         let listeners = listeners.into_iter().map(owned).collect();
-        self.engine.start(listeners).map_err(|error| PyOSError::new_err(error.0))
+        self.engine
+            .start(listeners)
+            .map_err(|error| PyOSError::new_err(error.0))
     }
 
     fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
@@ -680,13 +752,20 @@ impl Engine {
         let request = fault.request.as_ref()?;
         let (export, flags) = (request.export.id, request.header.flags);
         let start = request.header.offset;
-        Some(Fault { fault, export, flags, start })
+        Some(Fault {
+            fault,
+            export,
+            flags,
+            start,
+        })
     }
 
     fn take_event(&self, py: Python<'_>) -> Option<Event> {
         let event = py.detach(|| self.engine.handshakes.pop())?;
         let inboxes = &self.engine.inboxes;
-        let worker = inboxes.iter().position(|inbox| Arc::ptr_eq(inbox, &event.inbox))?;
+        let worker = inboxes
+            .iter()
+            .position(|inbox| Arc::ptr_eq(inbox, &event.inbox))?;
         Some(Event { event, worker })
     }
 }
@@ -713,7 +792,9 @@ impl Stop {
 
 #[pyfunction]
 fn stop_at(name: String) -> Stop {
-    Stop { stop: points::arm(&name) }
+    Stop {
+        stop: points::arm(&name),
+    }
 }
 
 #[pymodule]

@@ -80,7 +80,9 @@ impl Recorder {
     pub fn create(directory: &Path) -> std::io::Result<Recorder> {
         fs::create_dir_all(directory)?;
         let out = fs::File::create(directory.join("record.bin"))?;
-        Ok(Recorder { log: Mutex::new(Log { out, next: 0 }) })
+        Ok(Recorder {
+            log: Mutex::new(Log { out, next: 0 }),
+        })
     }
 
     pub fn file(&self, file: FileId, name: &str) {
@@ -93,7 +95,11 @@ impl Recorder {
             offset: 0,
             length: name.len() as u64,
         };
-        self.put(&mut self.log.lock().unwrap(), &entry, &[IoSlice::new(name.as_bytes())]);
+        self.put(
+            &mut self.log.lock().unwrap(),
+            &entry,
+            &[IoSlice::new(name.as_bytes())],
+        );
     }
 
     pub fn begin(
@@ -117,7 +123,11 @@ impl Recorder {
             length,
         };
         self.put(&mut log, &entry, payload);
-        Token { operation, file, sequence }
+        Token {
+            operation,
+            file,
+            sequence,
+        }
     }
 
     pub fn end(&self, token: Token, result: Result<(), Errno>) {
@@ -139,6 +149,8 @@ impl Recorder {
         for slice in payload {
             bytes.extend_from_slice(slice);
         }
-        log.out.write_all(&bytes).expect("the I/O recorder cannot write");
+        log.out
+            .write_all(&bytes)
+            .expect("the I/O recorder cannot write");
     }
 }

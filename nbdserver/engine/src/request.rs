@@ -26,7 +26,8 @@ pub struct Request {
     pub session: Arc<Session>,
     /// Ranges of a read that are known to be zeroes, as (start, length); their memory is not filled.
     pub holes: Vec<(usize, usize)>,
-    pub running: Running,
+    /// Drained sections wait for it to be dropped.
+    pub _running: Running,
 }
 
 /// Why a request failed: an errno of the system, and words for clients that take them.
@@ -37,14 +38,20 @@ pub struct Failure {
 
 impl From<Errno> for Failure {
     fn from(errno: Errno) -> Failure {
-        Failure { errno: errno.raw_os_error(), message: String::new() }
+        Failure {
+            errno: errno.raw_os_error(),
+            message: String::new(),
+        }
     }
 }
 
 /// What a successful reply carries.
 pub enum Body {
     None,
-    Data { vector: Vector, holes: Vec<(usize, usize)> },
+    Data {
+        vector: Vector,
+        holes: Vec<(usize, usize)>,
+    },
     /// Block status: per meta context its identifier and (length, flags) runs.
     Status(Vec<(u32, Vec<(u32, u32)>)>),
 }

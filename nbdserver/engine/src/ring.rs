@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use libc::iovec;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use libc::iovec;
 use rustix::io::Errno;
 
 use crate::extents::FileId;
@@ -64,7 +64,9 @@ impl Ring {
     pub fn new(pool: &Pool, like: Option<&Ring>) -> Result<Ring, (&'static str, std::io::Error)> {
         let ring = IoUring::new(ENTRIES).map_err(|error| ("io_uring_setup", error))?;
         let cloned = like.is_some_and(|other| {
-            ring.submitter().register_buffers_clone(other.ring.as_raw_fd()).is_ok()
+            ring.submitter()
+                .register_buffers_clone(other.ring.as_raw_fd())
+                .is_ok()
         });
         if !cloned {
             register(&ring, pool).map_err(|error| ("registering the buffer pool", error))?;
@@ -72,9 +74,17 @@ impl Ring {
         ring.submitter()
             .register_files_sparse(FILES_MAX)
             .map_err(|error| ("registering files", error))?;
-        let files =
-            RegisteredFiles { places: HashMap::new(), free: (0..FILES_MAX).rev().collect() };
-        Ok(Ring { ring, flights: Vec::new(), free: Vec::new(), queued: VecDeque::new(), files })
+        let files = RegisteredFiles {
+            places: HashMap::new(),
+            free: (0..FILES_MAX).rev().collect(),
+        };
+        Ok(Ring {
+            ring,
+            flights: Vec::new(),
+            free: Vec::new(),
+            queued: VecDeque::new(),
+            files,
+        })
     }
 
     pub fn is_idle(&self) -> bool {
@@ -104,7 +114,13 @@ impl Ring {
             self.flights.push(None);
             self.flights.len() - 1
         });
-        self.flights[index] = Some(Flight { request, write, parts, running, error: None });
+        self.flights[index] = Some(Flight {
+            request,
+            write,
+            parts,
+            running,
+            error: None,
+        });
         for part in 0..running {
             self.queue(index, part);
         }
@@ -112,7 +128,9 @@ impl Ring {
 
     /// Queue the next contiguous piece of a part.
     fn queue(&mut self, index: usize, part: usize) {
-        let flight = self.flights[index].as_mut().expect("a flight that is running");
+        let flight = self.flights[index]
+            .as_mut()
+            .expect("a flight that is running");
         let Part { transfer, .. } = &flight.parts[part];
         let (slot, range) = flight
             .request
@@ -139,7 +157,9 @@ impl Ring {
             {
                 let mut queue = self.ring.submission();
                 while !queue.is_full() {
-                    let Some(entry) = self.queued.pop_front() else { break };
+                    let Some(entry) = self.queued.pop_front() else {
+                        break;
+                    };
                     // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the
                     // completion has been reaped; so do the file and the place it is in.
                     unsafe { queue.push(&entry) }.expect("a submission queue with room");
@@ -169,8 +189,16 @@ impl Ring {
     }
 
     fn completed(&mut self, index: usize, part: usize, result: i32, replies: &mut Vec<Reply>) {
-        let flight = self.flights[index].as_mut().expect("a completion for a flight");
-        let Flight { request, write, parts, running, error } = flight;
+        let flight = self.flights[index]
+            .as_mut()
+            .expect("a completion for a flight");
+        let Flight {
+            request,
+            write,
+            parts,
+            running,
+            error,
+        } = flight;
         let Part { transfer, token } = &mut parts[part];
         let ended = match result {
             _ if result < 0 => match Errno::from_raw_os_error(-result) {
@@ -204,7 +232,11 @@ impl Ring {
     /// Let go of a file that is being closed.
     pub fn forget(&mut self, file: FileId) {
         if let Some(place) = self.files.places.remove(&file)
-            && self.ring.submitter().register_files_update(place, &[-1]).is_ok()
+            && self
+                .ring
+                .submitter()
+                .register_files_update(place, &[-1])
+                .is_ok()
         {
             self.files.free.push(place);
         }
@@ -213,12 +245,20 @@ impl Ring {
 
 impl Flight {
     fn reply(self) -> Reply {
-        let Flight { request, write, parts, error, .. } = self;
+        let Flight {
+            request,
+            write,
+            parts,
+            error,
+            ..
+        } = self;
         drop(parts); // the places are no longer in use
         match error {
             Some(errno) => request.reply(Err(errno.into())),
             None if write => {
-                request.export.written(request.header.offset, request.header.length);
+                request
+                    .export
+                    .written(request.header.offset, request.header.length);
                 request.reply(Ok(Body::None))
             }
             None => request.reply_read(),
@@ -236,7 +276,11 @@ impl RegisteredFiles {
         let Some(place) = self.free.pop() else {
             return Target::Plain(types::Fd(descriptor));
         };
-        if ring.submitter().register_files_update(place, &[descriptor]).is_err() {
+        if ring
+            .submitter()
+            .register_files_update(place, &[descriptor])
+            .is_err()
+        {
             self.free.push(place);
             return Target::Plain(types::Fd(descriptor));
         }
@@ -261,14 +305,18 @@ fn entry(
     macro_rules! build {
         ($file:expr) => {
             match (write, fixed) {
-                (false, None) => opcode::Read::new($file, buffer, length).offset(offset).build(),
-                (true, None) => opcode::Write::new($file, buffer, length).offset(offset).build(),
-                (false, Some(index)) => {
-                    opcode::ReadFixed::new($file, buffer, length, index).offset(offset).build()
-                }
-                (true, Some(index)) => {
-                    opcode::WriteFixed::new($file, buffer, length, index).offset(offset).build()
-                }
+                (false, None) => opcode::Read::new($file, buffer, length)
+                    .offset(offset)
+                    .build(),
+                (true, None) => opcode::Write::new($file, buffer, length)
+                    .offset(offset)
+                    .build(),
+                (false, Some(index)) => opcode::ReadFixed::new($file, buffer, length, index)
+                    .offset(offset)
+                    .build(),
+                (true, Some(index)) => opcode::WriteFixed::new($file, buffer, length, index)
+                    .offset(offset)
+                    .build(),
             }
         };
     }
@@ -280,9 +328,17 @@ fn entry(
 
 fn count(counters: &Counters, write: bool, fixed: bool) {
     use std::sync::atomic::Ordering::Relaxed;
-    let direction = if write { &counters.writes } else { &counters.reads };
+    let direction = if write {
+        &counters.writes
+    } else {
+        &counters.reads
+    };
     direction.fetch_add(1, Relaxed);
-    let kind = if fixed { &counters.fixed } else { &counters.plain };
+    let kind = if fixed {
+        &counters.fixed
+    } else {
+        &counters.plain
+    };
     kind.fetch_add(1, Relaxed);
 }
 
@@ -299,4 +355,3 @@ fn register(ring: &IoUring, pool: &Pool) -> std::io::Result<()> {
     // SAFETY: the region is mapped as long as the pool lives, and the engine keeps the pool longer than its rings.
     unsafe { ring.submitter().register_buffers(&entries) }
 }
-

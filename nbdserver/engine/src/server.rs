@@ -41,8 +41,10 @@ impl Acceptor {
 
 fn accept_all(engine: &Engine, listeners: &[OwnedFd], stop: &OwnedFd) {
     loop {
-        let mut fds: Vec<PollFd<'_>> =
-            listeners.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        let mut fds: Vec<PollFd<'_>> = listeners
+            .iter()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
         fds.push(PollFd::new(stop, PollFlags::IN));
         match poll(&mut fds, None) {
             Err(Errno::INTR) => continue,
@@ -72,7 +74,10 @@ fn accept_one(engine: &Engine, listener: &OwnedFd) {
                 .min_by_key(|inbox| inbox.connections())
                 .expect("at least one worker");
             inbox.adopt();
-            inbox.send(Message::Connect { socket, peer: peer(address) });
+            inbox.send(Message::Connect {
+                socket,
+                peer: peer(address),
+            });
         }
         Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
             std::thread::sleep(EXHAUSTED_PAUSE);

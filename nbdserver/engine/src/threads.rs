@@ -43,11 +43,19 @@ impl Threads {
             let builder = std::thread::Builder::new().name(format!("nbd-io-{index}"));
             handles.push(builder.spawn(move || shared.serve())?);
         }
-        Ok(Threads { shared, handles: Mutex::new(handles) })
+        Ok(Threads {
+            shared,
+            handles: Mutex::new(handles),
+        })
     }
 
     pub fn submit(&self, request: Request, transfers: Vec<Transfer>) {
-        self.shared.queue.lock().unwrap().jobs.push_back(Job { request, transfers });
+        self.shared
+            .queue
+            .lock()
+            .unwrap()
+            .jobs
+            .push_back(Job { request, transfers });
         self.shared.work.notify_one();
     }
 
@@ -85,12 +93,16 @@ impl Shared {
 /// Carry out all transfers of a read or write, blocking, and answer it.
 fn run(request: Request, transfers: Vec<Transfer>) {
     let write = request.header.command == command::WRITE;
-    let result = transfers.iter().try_for_each(|transfer| transfer.run(&request, write));
+    let result = transfers
+        .iter()
+        .try_for_each(|transfer| transfer.run(&request, write));
     drop(transfers);
     match result {
         Err(errno) => request.finish(Err(errno.into())),
         Ok(()) if write => {
-            request.export.written(request.header.offset, request.header.length);
+            request
+                .export
+                .written(request.header.offset, request.header.length);
             request.finish(Ok(Body::None));
         }
         Ok(()) => request.finish_read(),

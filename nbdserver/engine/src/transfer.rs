@@ -30,9 +30,11 @@ impl Transfer {
     /// Carry out what is left of it, blocking.
     pub fn run(&self, request: &Request, write: bool) -> Result<(), Errno> {
         if write {
-            self.file.write(self.offset, &request.vector, self.range.clone())
+            self.file
+                .write(self.offset, &request.vector, self.range.clone())
         } else {
-            self.file.read(self.offset, &request.vector, self.range.clone())
+            self.file
+                .read(self.offset, &request.vector, self.range.clone())
         }
     }
 

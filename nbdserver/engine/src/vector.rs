@@ -62,7 +62,10 @@ impl Vector {
 
     /// A copy of the bytes of `range`.
     pub fn to_vec(&self, range: Range<usize>) -> Vec<u8> {
-        self.parts(range).flat_map(|(slot, part)| slot.slice(part)).copied().collect()
+        self.parts(range)
+            .flat_map(|(slot, part)| slot.slice(part))
+            .copied()
+            .collect()
     }
 
     pub fn zero(&self, range: Range<usize>) {

@@ -12,9 +12,6 @@
 /// The size of a request without its payload.
 pub const REQUEST_SIZE: usize = 28;
 
-/// The size of a chunk's header, the part before its payload.
-pub const CHUNK_HEADER_SIZE: usize = 20;
-
 /// The longest error message: proto.md, "Conventions", on strings.
 pub const MESSAGE_MAX: usize = 4096;
 
@@ -304,34 +301,9 @@ pub fn block_status(
 
 /// A whole error chunk: `error` (not 0), and a message for people, cut to `MESSAGE_MAX` bytes.
 pub fn error_chunk(out: &mut Vec<u8>, flags: u16, cookie: u64, error: u32, message: &str) {
+    debug_assert!(error != 0);
     let message = sendable(message);
     chunk_header(out, flags, chunk::ERROR, cookie, 6 + message.len() as u32);
-    push_error(out, error, message);
-}
-
-/// As `error_chunk`, naming the offset in the export at which it happened.
-pub fn error_offset_chunk(
-    out: &mut Vec<u8>,
-    flags: u16,
-    cookie: u64,
-    error: u32,
-    message: &str,
-    offset: u64,
-) {
-    let message = sendable(message);
-    chunk_header(
-        out,
-        flags,
-        chunk::ERROR_OFFSET,
-        cookie,
-        14 + message.len() as u32,
-    );
-    push_error(out, error, message);
-    out.extend_from_slice(&offset.to_be_bytes());
-}
-
-fn push_error(out: &mut Vec<u8>, error: u32, message: &str) {
-    debug_assert!(error != 0);
     out.extend_from_slice(&error.to_be_bytes());
     out.extend_from_slice(&(message.len() as u16).to_be_bytes());
     out.extend_from_slice(message.as_bytes());
@@ -353,6 +325,7 @@ mod tests {
     use Verdict::{Error, ErrorDrain, Fatal, Run};
 
     const MIB: u64 = 1 << 20;
+    const CHUNK_HEADER_SIZE: usize = 20;
 
     const RULES: Rules = Rules {
         size: 100 * MIB,
@@ -713,14 +686,6 @@ mod tests {
         error_chunk(&mut out, chunk::FLAG_DONE, 7, error::EINVAL, "no");
         assert_eq!(out[4..8], *b"\0\x01\x80\x01");
         assert_eq!(out[16..], *b"\0\0\0\x08\0\0\0\x16\0\x02no");
-
-        out.clear();
-        error_offset_chunk(&mut out, 0, 7, error::EIO, "no", 0x1000);
-        assert_eq!(out[4..8], *b"\0\0\x80\x02");
-        assert_eq!(
-            out[16..],
-            *b"\0\0\0\x10\0\0\0\x05\0\x02no\0\0\0\0\0\0\x10\0"
-        );
     }
 
     #[test]

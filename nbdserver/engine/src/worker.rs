@@ -63,13 +63,20 @@ pub struct Latch {
 
 impl Latch {
     pub fn new() -> Latch {
-        Latch { held: Mutex::new(()), released: Condvar::new() }
+        Latch {
+            held: Mutex::new(()),
+            released: Condvar::new(),
+        }
     }
 
     pub fn wait_alone(self: &Arc<Self>) {
         let mut held = self.held.lock().unwrap();
         while Arc::strong_count(self) > 1 {
-            held = self.released.wait_timeout(held, Duration::from_millis(1)).unwrap().0;
+            held = self
+                .released
+                .wait_timeout(held, Duration::from_millis(1))
+                .unwrap()
+                .0;
         }
     }
 }
@@ -169,9 +176,19 @@ impl Worker {
     pub fn new(engine: Arc<Engine>, index: usize, ring: Option<Ring>) -> std::io::Result<Worker> {
         let inbox = engine.inboxes[index].clone();
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &inbox.event, EventData::new_u64(INBOX), EventFlags::IN)?;
+        epoll::add(
+            &epoll,
+            &inbox.event,
+            EventData::new_u64(INBOX),
+            EventFlags::IN,
+        )?;
         if let Some(ring) = &ring {
-            epoll::add(&epoll, ring.as_fd(), EventData::new_u64(RING), EventFlags::IN)?;
+            epoll::add(
+                &epoll,
+                ring.as_fd(),
+                EventData::new_u64(RING),
+                EventFlags::IN,
+            )?;
         }
         Ok(Worker {
             engine,
@@ -197,7 +214,11 @@ impl Worker {
         while !self.finished() {
             events.clear();
             let tick = Timespec::try_from(TICK).expect("half a second");
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&tick)) {
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&tick),
+            ) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => panic!("epoll_wait: {errno}"),
             }
@@ -215,7 +236,9 @@ impl Worker {
     }
 
     fn finished(&self) -> bool {
-        let Some(deadline) = self.stopping else { return false };
+        let Some(deadline) = self.stopping else {
+            return false;
+        };
         let busy = self.open > 0 || self.ring.as_ref().is_some_and(|ring| !ring.is_idle());
         !busy || Instant::now() >= deadline && self.ring.as_ref().is_none_or(Ring::is_idle)
     }
@@ -238,7 +261,6 @@ impl Worker {
         let connection = Connection {
             socket,
             token,
-            peer: peer.clone(),
             phase: Phase::Flags,
             deadline: Instant::now() + self.engine.handshake_timeout,
             input: Vec::new(),
@@ -271,7 +293,11 @@ impl Worker {
     fn take_out(&mut self, token: u64) -> Option<Box<Connection>> {
         let place = (token & ((1 << PLACE_BITS) - 1)) as usize;
         let slot = self.connections.get_mut(place)?;
-        if slot.as_ref()?.token == token { slot.take() } else { None }
+        if slot.as_ref()?.token == token {
+            slot.take()
+        } else {
+            None
+        }
     }
 
     fn put_back(&mut self, mut connection: Box<Connection>) {
@@ -284,7 +310,8 @@ impl Worker {
     }
 
     fn close(&mut self, connection: Box<Connection>) {
-        self.free.push((connection.token & ((1 << PLACE_BITS) - 1)) as usize);
+        self.free
+            .push((connection.token & ((1 << PLACE_BITS) - 1)) as usize);
         self.open -= 1;
         self.engine.connections.fetch_sub(1, Relaxed);
         self.inbox.connections.fetch_sub(1, Relaxed);
@@ -292,11 +319,17 @@ impl Worker {
     }
 
     fn tell(&self, connection: u64, said: Said) {
-        self.engine.handshakes.push(Event { connection, inbox: self.inbox.clone(), said });
+        self.engine.handshakes.push(Event {
+            connection,
+            inbox: self.inbox.clone(),
+            said,
+        });
     }
 
     fn ready(&mut self, token: u64, flags: EventFlags) {
-        let Some(mut connection) = self.take_out(token) else { return };
+        let Some(mut connection) = self.take_out(token) else {
+            return;
+        };
         let gone = flags.intersects(EventFlags::ERR | EventFlags::HUP);
         let mut readable = flags.contains(EventFlags::IN);
         while readable && !connection.deaf && !connection.stalled {
@@ -306,7 +339,11 @@ impl Worker {
             // Nothing can be answered where both directions are gone, but what was sent before is still done.
             readable = gone && !matches!(connection.phase, Phase::Deciding);
         }
-        if gone { self.close(connection) } else { self.put_back(connection) }
+        if gone {
+            self.close(connection)
+        } else {
+            self.put_back(connection)
+        }
     }
 
     /// Take in what has arrived and begin what is whole. Err: the connection is over.
@@ -351,10 +388,16 @@ impl Worker {
                 Err(_) => return Err(()),
             };
             if direct {
-                let payload = connection.payload.as_mut().expect("the payload received into");
+                let payload = connection
+                    .payload
+                    .as_mut()
+                    .expect("the payload received into");
                 payload.filled += got;
                 if payload.filled == payload.vector.len() {
-                    let payload = connection.payload.take().expect("the payload received into");
+                    let payload = connection
+                        .payload
+                        .take()
+                        .expect("the payload received into");
                     self.begin(connection, payload.header, payload.vector);
                 }
                 continue;
@@ -362,7 +405,9 @@ impl Worker {
             connection.input.clear();
             let total = kept + got;
             let consumed = self.parse(connection, &scratch[..total])?;
-            connection.input.extend_from_slice(&scratch[consumed..total]);
+            connection
+                .input
+                .extend_from_slice(&scratch[consumed..total]);
             if total < scratch.len() {
                 break; // the socket is empty, or will say so again
             }
@@ -427,7 +472,9 @@ impl Worker {
         connection: &mut Connection,
         data: &[u8],
     ) -> Result<Option<usize>, ()> {
-        let Some(header) = data.get(..OPTION_HEADER) else { return Ok(None) };
+        let Some(header) = data.get(..OPTION_HEADER) else {
+            return Ok(None);
+        };
         let magic = u64::from_be_bytes(header[..8].try_into().expect("eight bytes"));
         let code = u32::from_be_bytes(header[8..12].try_into().expect("four bytes"));
         let length = u32::from_be_bytes(header[12..].try_into().expect("four bytes"));
@@ -441,23 +488,43 @@ impl Worker {
             return Ok(Some(OPTION_HEADER));
         }
         let end = OPTION_HEADER + length as usize;
-        let Some(payload) = data.get(OPTION_HEADER..end) else { return Ok(None) };
+        let Some(payload) = data.get(OPTION_HEADER..end) else {
+            return Ok(None);
+        };
         connection.phase = Phase::Deciding;
-        self.tell(connection.token, Said::Option { code, data: payload.to_vec() });
+        self.tell(
+            connection.token,
+            Said::Option {
+                code,
+                data: payload.to_vec(),
+            },
+        );
         Ok(Some(end))
     }
 
     fn act(&mut self, token: u64, action: Action) {
-        let Some(mut connection) = self.take_out(token) else { return };
+        let Some(mut connection) = self.take_out(token) else {
+            return;
+        };
         match action {
             Action::Next { data } => {
                 connection.outgoing.bytes(data);
                 connection.phase = Phase::Options;
             }
-            Action::Begin { data, export, structured, contexts } => {
+            Action::Begin {
+                data,
+                export,
+                structured,
+                contexts,
+            } => {
                 connection.outgoing.bytes(data);
                 let inbox = self.inbox.clone();
-                let session = Session { inbox, connection: token, structured, contexts };
+                let session = Session {
+                    inbox,
+                    connection: token,
+                    structured,
+                    contexts,
+                };
                 connection.phase = Phase::Transmission(Arc::new(session), export);
             }
             Action::End { data } => {
@@ -480,7 +547,9 @@ impl Worker {
         export: &crate::export::Export,
         data: &[u8],
     ) -> Result<Option<usize>, ()> {
-        let Some(bytes) = data.first_chunk::<REQUEST_SIZE>() else { return Ok(None) };
+        let Some(bytes) = data.first_chunk::<REQUEST_SIZE>() else {
+            return Ok(None);
+        };
         let full = connection.requests >= REQUESTS_MAX || connection.weight >= WEIGHT_MAX;
         if full {
             connection.stalled = true;
@@ -528,7 +597,12 @@ impl Worker {
             _ => 0,
         };
         if memory == 0 {
-            return Ok(Some(self.take_request(connection, header, Vector::default(), data)));
+            return Ok(Some(self.take_request(
+                connection,
+                header,
+                Vector::default(),
+                data,
+            )));
         }
         let Some(slots) = self.engine.pool.allocate(memory) else {
             let inbox = self.inbox.clone();
@@ -537,7 +611,12 @@ impl Worker {
             self.stall(connection);
             return Ok(None);
         };
-        Ok(Some(self.take_request(connection, header, Vector::new(slots), data)))
+        Ok(Some(self.take_request(
+            connection,
+            header,
+            Vector::new(slots),
+            data,
+        )))
     }
 
     /// A request that has its memory: take what has come of its payload, and begin it when it is whole. Returns how
@@ -561,7 +640,11 @@ impl Worker {
         if here.len() == vector.len() {
             self.begin(connection, header, vector);
         } else {
-            connection.payload = Some(Payload { header, vector, filled: here.len() });
+            connection.payload = Some(Payload {
+                header,
+                vector,
+                filled: here.len(),
+            });
         }
         REQUEST_SIZE + here.len()
     }
@@ -582,7 +665,10 @@ impl Worker {
             structured: session.structured,
             whole: false,
             weight: 0,
-            result: Err(Failure { errno: error as i32, message: why.to_owned() }),
+            result: Err(Failure {
+                errno: error as i32,
+                message: why.to_owned(),
+            }),
         };
         connection.outgoing.reply(reply, &mut self.head);
     }
@@ -612,7 +698,7 @@ impl Worker {
             vector,
             session: session.clone(),
             holes: Vec::new(),
-            running,
+            _running: running,
         };
         if let Began::Answered(reply) = self.start(request) {
             connection.outgoing.reply(reply, &mut self.head);
@@ -646,9 +732,14 @@ impl Worker {
         let Header { offset, length, .. } = request.header;
         let mut places = Vec::new();
         let users = &self.engine.users;
-        let covered =
-            request.export.readable(users, self.index, (offset, length), &mut places);
-        if covered < length || places.iter().any(|place| place.piece.target == Target::Code) {
+        let covered = request
+            .export
+            .readable(users, self.index, (offset, length), &mut places);
+        if covered < length
+            || places
+                .iter()
+                .any(|place| place.piece.target == Target::Code)
+        {
             drop(places);
             return self.fault(request);
         }
@@ -676,14 +767,20 @@ impl Worker {
     }
 
     fn write(&mut self, mut request: Request) -> Began {
-        let Header { offset, length, flags, .. } = request.header;
+        let Header {
+            offset,
+            length,
+            flags,
+            ..
+        } = request.header;
         if flags & wire::flag::FUA != 0 {
             return self.fault(request);
         }
         let mut places = Vec::new();
         let users = &self.engine.users;
-        let covered =
-            request.export.writable(users, self.index, (offset, length), &mut places);
+        let covered = request
+            .export
+            .writable(users, self.index, (offset, length), &mut places);
         if covered < length {
             drop(places);
             return self.fault(request);
@@ -694,10 +791,15 @@ impl Worker {
         if let Err(errno) = plan(&mut request, &self.engine.files, 0, places, &mut transfers) {
             return Began::Answered(request.reply(Err(errno.into())));
         }
-        if transfers.iter().any(|transfer| transfer.file.writes_slowly()) {
+        if transfers
+            .iter()
+            .any(|transfer| transfer.file.writes_slowly())
+        {
             return self.offload(request, transfers);
         }
-        let result = transfers.iter().try_for_each(|transfer| transfer.run(&request, true));
+        let result = transfers
+            .iter()
+            .try_for_each(|transfer| transfer.run(&request, true));
         drop(transfers);
         if result.is_ok() {
             request.export.written(offset, length);
@@ -709,7 +811,12 @@ impl Worker {
     fn offload(&mut self, request: Request, transfers: Vec<Transfer>) -> Began {
         match &mut self.ring {
             Some(ring) => ring.start(request, transfers),
-            None => self.engine.threads.as_ref().expect("one of the two").submit(request, transfers),
+            None => self
+                .engine
+                .threads
+                .as_ref()
+                .expect("one of the two")
+                .submit(request, transfers),
         }
         Began::Later
     }
@@ -743,7 +850,9 @@ impl Worker {
 
     fn wake(&mut self) {
         for token in std::mem::take(&mut self.stalled) {
-            let Some(mut connection) = self.take_out(token) else { continue };
+            let Some(mut connection) = self.take_out(token) else {
+                continue;
+            };
             match self.resume(&mut connection) {
                 Ok(()) => self.put_back(connection),
                 Err(()) => self.close(connection),
@@ -764,7 +873,9 @@ impl Worker {
     /// Send what the batch has produced, resume who was waiting for that, and see to what epoll is asked.
     fn tidy(&mut self) {
         while let Some(token) = self.dirty.pop() {
-            let Some(mut connection) = self.take_out(token) else { continue };
+            let Some(mut connection) = self.take_out(token) else {
+                continue;
+            };
             connection.dirty = false;
             match self.tidy_one(&mut connection) {
                 Ok(true) => {
@@ -786,7 +897,13 @@ impl Worker {
             connection.stalled && connection.ticket.is_none() && connection.parked.is_none()
         };
         loop {
-            let Connection { outgoing, socket, requests, weight, .. } = &mut *connection;
+            let Connection {
+                outgoing,
+                socket,
+                requests,
+                weight,
+                ..
+            } = &mut *connection;
             let sent = outgoing.send(socket, |bytes| {
                 *requests -= 1;
                 *weight -= bytes;
@@ -852,7 +969,9 @@ impl Worker {
     fn stop(&mut self, deadline: Instant) {
         self.stopping = Some(deadline);
         for place in 0..self.connections.len() {
-            let Some(mut connection) = self.connections[place].take() else { continue };
+            let Some(mut connection) = self.connections[place].take() else {
+                continue;
+            };
             connection.deaf = true;
             if matches!(connection.phase, Phase::Transmission(..)) {
                 self.put_back(connection);
@@ -866,6 +985,10 @@ impl Worker {
 /// Receive more of a payload, straight into its memory.
 fn receive_payload(socket: &OwnedFd, payload: &mut Payload) -> Result<usize, Errno> {
     let left = payload.filled..payload.vector.len();
-    let (slot, part) = payload.vector.parts(left).next().expect("a payload that is not whole");
+    let (slot, part) = payload
+        .vector
+        .parts(left)
+        .next()
+        .expect("a payload that is not whole");
     recv(socket, slot.slice_mut(part), RecvFlags::empty()).map(|got| got.0)
 }

@@ -1,0 +1,224 @@
+"""The layer: what it is made of, and where its bytes live."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal
+
+from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD
+from layers.qcow2 import status
+from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.header import Header, check_writable, read_header
+from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
+from layers.qcow2.mapping import Mapping, WritableMapping
+from layers.qcow2.occupied import Occupied
+from layers.qcow2.reading import Reader
+from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.storage import Storage
+from layers.qcow2.survey import Survey
+from layers.qcow2.writing import Discard, Writer
+from nbdserver.errors import ImageError
+from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
+from nbdserver.graph import attach
+from nbdserver.layer import Layer, Opener
+from nbdserver.ranges import RangeLock
+from nbdserver.request import Flag, Request
+
+
+@dataclasses.dataclass(eq=False)
+class Qcow2(Layer):
+    #: Where the image's bytes are.
+    file: Layer
+    #: What unallocated clusters show. By default (None) what the image names; false: nothing, whatever it names.
+    backing: Layer | Literal[False] | None = None
+    #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
+    l2_cache_size: Size = L2_CACHE_DEFAULT
+    refcount_cache_size: Size = REFCOUNT_CACHE_DEFAULT
+    #: Whether the file's storage is given back of clusters that zeroing and trimming free; that anything else frees.
+    pass_discard_request: bool = True
+    pass_discard_other: bool = False
+
+    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        #: The metadata lock: never held during data I/O, nor by one who waits.
+        self._lock = threading.Lock()
+        #: Guest clusters: held alone by who may change what they map to, shared by who reads them through code.
+        self._clusters = RangeLock()
+        self._reader: Reader | None = None
+        self._writer: Writer | None = None
+        self._is_preallocated: bool | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def open(self, opener: Opener) -> None:
+        header = read_header(self.file)
+        if self.backing is None and header.backing_name is not None:
+            below = opener.image(header.backing_name, header.backing_format, named_by=self)
+            attach(self, "backing", below)
+        storage = Storage(self.file, header.geometry.cluster_size)
+        if opener.read_only or self.file.read_only:
+            mapping = Mapping(storage, header, self.l2_cache_size, self._lock)
+            self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
+        else:
+            check_writable(header, self.filename)
+            self._open_writable(storage, header)
+        self._header = header
+
+    def _open_writable(self, storage: Storage, header: Header) -> None:
+        occupied = Occupied()
+        refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
+        mapping = WritableMapping(storage, header, self.l2_cache_size, self._lock, refcounts, occupied)
+        Survey(storage, header, mapping, refcounts).fill(occupied)
+        if header.autoclear:
+            # What they promise to keep up to date, we shall not. Durable before anything else changes.
+            self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(0))
+            self.file.flush()
+        self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
+        discard = Discard(self.pass_discard_request, self.pass_discard_other)
+        self._writer = Writer(
+            self._reader, mapping, refcounts, occupied, self._lock, self._clusters, discard, self.changed, self.allocate
+        )
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the image; asserts that the layer is open."""
+        assert self._reader is not None, "not open"
+        return self._reader
+
+    @property
+    def writer(self) -> Writer:
+        """What writes the image; asserts that the layer is open for writing."""
+        assert self._writer is not None, "not open for writing"
+        return self._writer
+
+    @property
+    def size(self) -> int:
+        return self.reader.size
+
+    @property
+    def read_only(self) -> bool:
+        return self._writer is None
+
+    # -- where the bytes live ----------------------------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
+        if intent is Intent.ZERO:
+            return _joined(self._resolve_zero(offset, length))
+        return _joined(self._resolve(offset, length, intent))
+
+    def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        if child is not self.backing:
+            return ((0, self.size),)
+        end = min(offset + length, self.size)
+        return ((offset, end - offset),) if offset < end else ()
+
+    def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
+        reader = self.reader
+        for run, start, end in reader.spans(offset, length):
+            writable = self._is_writable(run)
+            if run.kind is Kind.NORMAL and (writable or intent is Intent.READ):
+                yield Extent(end - start, self.file, reader.place(run, start), writable)
+            elif run.kind is Kind.COMPRESSED or intent is Intent.WRITE:
+                yield Extent(end - start, CODE)
+            elif run.kind is Kind.UNALLOCATED:
+                yield from reader.below(start, end)
+            else:
+                yield Extent(end - start, ZERO)
+
+    def _resolve_zero(self, offset: int, length: int) -> Iterator[Extent]:
+        """Whole clusters are given up or marked as zero, by code; parts of a cluster are zeroed where they are.
+
+        Answers no more than is asked: it matters where a request begins and ends.
+        """
+        reader = self.reader
+        for run, start, end in reader.spans(offset, length):
+            end = min(end, offset + length)
+            if start >= end:
+                return
+            if run.kind is not Kind.ZERO_ALLOCATED and reader.is_zero(run, start):
+                yield Extent(end - start, ZERO)
+            elif self._is_writable(run):
+                first, stop = self.writer.whole(start, end)
+                yield from self._in_place(run, start, first)
+                if first < stop:
+                    yield Extent(stop - first, CODE)
+                yield from self._in_place(run, stop, end)
+            else:
+                yield Extent(end - start, CODE)
+
+    def _in_place(self, run: Run, start: int, end: int) -> Iterator[Extent]:
+        if start < end:
+            yield Extent(end - start, self.file, self.reader.place(run, start), True)
+
+    def _is_writable(self, run: Run) -> bool:
+        return self._writer is not None and self._writer.is_overwritable(run)
+
+    # -- by code -------------------------------------------------------------------------------------------------------
+
+    def read(self, request: Request) -> None:
+        size = self.reader.geometry.cluster_size
+        first = request.offset // size
+        with self._clusters.shared(first, -(-request.end // size) - first):
+            self.reader.read(request)
+
+    def write(self, request: Request) -> None:
+        self.writer.write(request)
+
+    def zero(self, request: Request) -> None:
+        self.writer.zero(request)
+
+    def trim(self, request: Request) -> None:
+        self.writer.trim(request)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    # -- block status ---------------------------------------------------------------------------------------------------
+
+    def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        preallocated = self._has_preallocation()
+        return status.status(self.reader, context, offset, length, preallocated=preallocated)
+
+    def _has_preallocation(self) -> bool:
+        """`status.has_preallocation`, asked once, as QEMU does: it says how the image was made."""
+        if self._is_preallocated is None:
+            self._is_preallocated = False
+            with contextlib.suppress(ImageError, OSError), self._lock:
+                refcounts = (
+                    self._writer.refcounts
+                    if self._writer is not None
+                    else Refcounts(self.reader.storage, self._header, Occupied(), 0)
+                )
+                self._is_preallocated = status.has_preallocation(self.reader, refcounts)
+        return self._is_preallocated
+
+
+def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same extents, those joined that continue one another."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is None:
+            last = extent
+        elif (
+            extent.target is last.target
+            and extent.writable == last.writable
+            and (isinstance(extent.target, Special) or extent.offset == last.offset + last.length)
+        ):
+            last = last._replace(length=last.length + extent.length)
+        else:
+            yield last
+            last = extent
+    if last is not None:
+        yield last

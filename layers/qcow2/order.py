@@ -1,0 +1,255 @@
+"""The order of writes: how metadata reaches the file so that a crash at any instant leaves a sound image.
+
+Metadata is written back: requests change tables in memory only, and a *flush* brings them into the file. What a flush
+writes is a *cut*: copies of all that has changed, taken at one instant under the metadata lock, and so consistent in
+itself. It goes out in this order (``|`` is a sync of the file; within a step the order is free, and sectors may be
+lost)::
+
+    prepare   refcount blocks; new L2 tables; a new refcount table
+       |      (also makes durable all guest data and copied data written so far)
+    publish   refcount table entries of new blocks; the header's pointer to a new refcount table
+       |      (both only if there are any)
+    link      changed L2 entries; L1 entries
+       |
+    release   what the links above no longer refer to: wait until unused, lower its refcounts (in memory),
+              discard it, let it be taken again
+
+Why, step by step. Let a *reference* be anything in the file that names a cluster.
+
+- *No reference without a refcount.* A cluster counts from the moment it is taken, and whatever refers to it is of the
+  same cut or a later one: refcount in prepare, L2 or L1 entry in link, a sync between. A cluster that only a *new*
+  block counts is counted in the file only once the table names that block, so that is published before anything is
+  linked. The block itself is durable before it is named: a stale cluster must not be believed as refcounts. A block
+  that counts itself is consistent before it is named (it is no reference) and after.
+- *No refcount below the references.* Counts are lowered only by release, when the sync after link has made it certain
+  that no old reference comes back. The lowered counts are written whenever, by the next cut.
+- *COPIED is true.* It is set only in entries that name clusters just taken, whose refcount of exactly 1 is durable
+  before; nothing here ever raises a refcount above 1. What shares a cluster with a snapshot has no COPIED flag here,
+  and the snapshot's flags do not count.
+- *No range shows what was written to another.* Data is in its new cluster before the L2 entry in memory names it,
+  hence before the cut that has this entry, hence durable (sync after prepare) before the entry is linked. The old
+  cluster is neither rewritten nor reused before release.
+- *An L2 table is not seen half-made.* A new one (or the copy of one that a snapshot shares) is durable before an L1
+  entry names it. From then on it is rewritten in place, in link: 8-byte entries, each of them right by itself whether
+  its sector got out or not.
+- *The refcount table moves in one write*, of two fields in the header's first sector. The longer table is durable
+  before, and the old one is released after.
+- *A cluster kept for zeroes* (ZERO_ALLOCATED, COPIED) is filled in place before it is linked as data; an older entry
+  that a crash brings back names it as data of the same guest cluster, with nothing flushed since.
+
+A step that fails leaves everything of its cut marked as changed; the next flush does all again. That is sound for the
+same reasons: what may be in the file already is of a cut whose refcounts were durable, and nothing of it has been
+released. Only a failed *sync* is final. What it lost, nobody knows; so from then on no metadata is written, every
+flush fails, and the image in the file stays as its last good flush left it, data written in place apart.
+
+A crash loses at most refcounts of clusters taken and never linked (leaks, which ``qemu-img check -r leaks`` takes
+back), and what was not flushed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from layers.qcow2.cache import Table, Write
+from nbdserver.errors import RequestError
+from nbdserver.layer import finish
+from nbdserver.request import Request
+
+if TYPE_CHECKING:
+    from layers.qcow2.mapping import Mapping
+    from layers.qcow2.refcounts import Refcounts
+    from layers.qcow2.storage import Storage
+
+
+class Retired(NamedTuple):
+    """Clusters [start, stop) that one reference each was taken from; ``discard`` if they become free."""
+
+    start: int
+    stop: int
+    discard: bool
+
+
+class Cut:
+    """All changes of the metadata at one instant, by the step that writes them."""
+
+    def __init__(self) -> None:
+        self.prepares: list[Write] = []
+        self.publishes: list[Write] = []
+        self.links: list[Write] = []
+        self.retired: list[Retired] = []
+        #: The refcount table that the header names when this is through, if it changes.
+        self.published: Table | None = None
+        self._taken: list[tuple[Table, set[int]]] = []
+
+    def prepare(self, table: Table) -> None:
+        """Write a table that nothing refers to yet, or a refcount block."""
+        self._take(table, self.prepares)
+
+    def publish(self, table: Table) -> None:
+        """Write entries of the refcount table in place."""
+        self._take(table, self.publishes)
+
+    def publish_header(self, write: Write, table: Table) -> None:
+        """Make the header name another refcount table."""
+        self.publishes.append(write)
+        self.published = table
+
+    def link(self, table: Table) -> None:
+        """Write entries of the L1 table, or of an L2 table in use, in place."""
+        self._take(table, self.links)
+
+    def _take(self, table: Table, writes: list[Write]) -> None:
+        sectors, table.changed = table.changed, set()
+        table.in_flight = True
+        self._taken.append((table, sectors))
+        writes.extend(table.encode(sectors))
+
+    def prepared(self) -> None:
+        """What `prepare` took is durable, so that from now on it may be referred to, and is changed in place."""
+        for table, _ in self._taken:
+            table.unlinked = False
+
+    def end(self, *, written: bool) -> None:
+        """Let the tables go: they are in the file, or else have changed as they had before."""
+        for table, sectors in self._taken:
+            table.in_flight = False
+            if not written:
+                table.changed |= sectors
+
+
+class Order:
+    """Flushes: one at a time, shared by those who wait for it."""
+
+    def __init__(self, storage: Storage, lock: threading.Lock, mapping: Mapping, refcounts: Refcounts) -> None:
+        self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
+        self._turn = threading.Condition()
+        self._running = False
+        self._begun = self._done = 0
+        #: How the last flush that is done ended.
+        self._outcome: BaseException | None = None
+        #: The failed sync after which nothing more is written.
+        self._failure: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise OSError if metadata can no longer reach the file."""
+        if self._failure is not None:
+            raise _again(self._failure)
+
+    def flush(self) -> None:
+        """Make all that completed before this call durable. Raises OSError, RequestError, ImageError.
+
+        A flush that begins from now on covers it, whoever runs it.
+        """
+        with self._turn:
+            wanted = self._begun + 1
+            self._turn.wait_for(lambda: self._done >= wanted or not self._running)
+            if self._done >= wanted:
+                if self._outcome is not None:
+                    raise _again(self._outcome)
+                return
+            self._running = True
+            self._begun += 1
+        outcome: BaseException | None = None
+        try:
+            self._flush()
+        except BaseException as error:
+            outcome = error
+            raise
+        finally:
+            with self._turn:
+                self._running, self._done, self._outcome = False, self._begun, outcome
+                self._turn.notify_all()
+
+    def close(self) -> None:
+        """Flush until the file has everything, lowered refcounts too."""
+        self.flush()
+        while not (self._mapping.is_clean and self._refcounts.is_clean):
+            self.flush()
+
+    def _flush(self) -> None:
+        self.check()
+        with self._lock:
+            cut = Cut()
+            self._refcounts.cut(cut)
+            self._mapping.cut(cut)
+        try:
+            self._write_out(cut)
+        except BaseException:
+            with self._lock:
+                cut.end(written=False)
+                self._refcounts.retire_again(cut.retired)
+            raise
+        with self._lock:
+            cut.end(written=True)
+            self._refcounts.settle(cut)
+            self._mapping.settle()
+        self._release(cut.retired)
+
+    def _write_out(self, cut: Cut) -> None:
+        self._write(cut.prepares)
+        self._sync()
+        cut.prepared()
+        for step in (cut.publishes, cut.links):
+            if step:
+                self._write(step)
+                self._sync()
+
+    def _write(self, writes: Iterable[Write]) -> None:
+        for write in writes:
+            self._storage.file.pwrite(write.offset, write.data)
+
+    def _sync(self) -> None:
+        try:
+            finish(self._storage.file.flush())
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _release(self, retired: list[Retired]) -> None:
+        """Nothing in the file refers to these any more: set them free."""
+        if not retired:
+            return
+        try:
+            for start, stop in _joined((run.start, run.stop) for run in retired):
+                self._storage.wait_unused(start, stop)
+            references = Counter(cluster for run in retired for cluster in range(run.start, run.stop))
+            with self._lock:
+                last = {cluster for cluster, times in references.items() if self._refcounts.get(cluster) <= times}
+            discards = (cluster for run in retired if run.discard for cluster in range(run.start, run.stop))
+            self._discard(last.intersection(discards))
+        except BaseException:
+            with self._lock:
+                self._refcounts.retire_again(retired)
+            raise
+        with self._lock:  # never twice: should this fail half-way, the rest leaks
+            self._refcounts.drop(references.items())
+
+    def _discard(self, clusters: set[int]) -> None:
+        for start, stop in _joined((cluster, cluster + 1) for cluster in clusters):
+            # Advice: a file that cannot take it is none the worse for it.
+            with contextlib.suppress(OSError, RequestError):
+                self._storage.trim(start, stop)
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The union of half-open runs, in order."""
+    start = stop = -1
+    for first, end in sorted(runs):
+        if first > stop:
+            if stop > start:
+                yield start, stop
+            start, stop = first, end
+        stop = max(stop, end)
+    if stop > start:
+        yield start, stop
+
+
+def _again(error: BaseException) -> Exception:
+    """An error of the same meaning for another thread."""
+    number = getattr(error, "errno", None) or errno.EIO
+    return OSError(number, f"the image's metadata could not be written: {error}")

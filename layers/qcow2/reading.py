@@ -1,0 +1,113 @@
+"""Reading: the runs of a range, and the bytes of what is no plain place."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.compression import BadData, decompress
+from layers.qcow2.header import Header
+from layers.qcow2.limits import DECOMPRESSED_KEPT_MAX
+from layers.qcow2.mapping import Mapping
+from layers.qcow2.storage import Storage
+from nbdserver.extent import ZERO, Extent
+from nbdserver.layer import Layer, finish
+from nbdserver.request import Request
+
+
+class Reader:
+    """An image as it is now. ``backing``: what unallocated clusters show; None: zeroes."""
+
+    def __init__(
+        self, storage: Storage, header: Header, mapping: Mapping, lock: threading.Lock, backing: Layer | None
+    ) -> None:
+        self.storage, self.geometry, self.mapping = storage, header.geometry, mapping
+        self.size, self.backing = header.size, backing
+        self._compression = header.compression
+        self._lock = lock
+        self._decompressed: OrderedDict[int, bytes] = OrderedDict()
+
+    @property
+    def below_size(self) -> int:
+        """How much of the disk the backing file reaches over."""
+        return min(self.backing.size, self.size) if self.backing is not None else 0
+
+    def below(self, start: int, end: int) -> Iterator[Extent]:
+        """What lies under the unallocated bytes [start, end)."""
+        edge = min(max(self.below_size, start), end)
+        if self.backing is not None and start < edge:
+            yield Extent(edge - start, self.backing, start)
+        if edge < end:
+            yield Extent(end - edge, ZERO)
+
+    def spans(self, offset: int, length: int) -> Iterator[tuple[Run, int, int]]:
+        """(run, start, end): the runs of the range, and what bytes of the disk from ``offset`` on they hold.
+
+        Goes on as `Mapping.runs` does. Raises ImageError, OSError.
+        """
+        size = self.geometry.cluster_size
+        for run in self.mapping.runs(offset // size, self.geometry.clusters(offset + length)):
+            start = max(run.cluster * size, offset)
+            yield run, start, min((run.cluster + run.count) * size, self.size)
+
+    def place(self, run: Run, offset: int) -> int:
+        """Where in the file the byte ``offset`` of the disk is, which a run with host clusters holds."""
+        return run.place + offset - run.cluster * self.geometry.cluster_size
+
+    def is_zero(self, run: Run, start: int) -> bool:
+        """Whether the bytes of ``run`` from ``start`` on read as zeroes for there being nothing in them."""
+        if run.kind is Kind.UNALLOCATED:
+            return start >= self.below_size
+        return run.kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)
+
+    def read(self, request: Request) -> None:
+        """Read any range. Raises ImageError, OSError, RequestError."""
+        for run, start, end in self.spans(request.offset, request.length):
+            end = min(end, request.end)
+            if start >= end:
+                return
+            self.read_run(run, request.slice(start - request.offset, end - start))
+
+    def read_run(self, run: Run, part: Request) -> None:
+        """Read a range that ``run`` holds."""
+        if run.kind is Kind.NORMAL:
+            finish(self.storage.file.read(part.moved(self.place(run, part.offset))))
+        elif run.kind is Kind.COMPRESSED:
+            skip = part.offset - run.cluster * self.geometry.cluster_size
+            part.vector.fill(memoryview(self._decompress(run))[skip : skip + part.length])
+        elif run.kind is Kind.UNALLOCATED:
+            self._read_below(part)
+        else:
+            part.vector.zero()
+
+    def _read_below(self, part: Request) -> None:
+        done = 0
+        for extent in self.below(part.offset, part.end):
+            piece = part.slice(done, extent.length)
+            if extent.target is ZERO or self.backing is None:
+                piece.vector.zero()
+            else:
+                finish(self.backing.read(piece))
+            done += extent.length
+
+    def _decompress(self, run: Run) -> bytes:
+        """The whole cluster. Compressed bytes are never changed in place, so that the L2 entry identifies them."""
+        with self._lock:
+            known = self._decompressed.get(run.entry)
+        if known is not None:
+            return known
+        offset, length = self.geometry.compressed(run.entry)
+        length = min(length, self.storage.size - offset)  # the last sector may be cut off
+        data = self.storage.file.pread(offset, length) if length > 0 else b""
+        try:
+            plain = decompress(data, self._compression, self.geometry.cluster_size)
+        except BadData as bad:
+            wanted = f"a cluster of compressed data at {offset:#x} ({bad})"
+            raise self.mapping.bad_entry(run.cluster, run.entry, wanted) from bad
+        with self._lock:
+            self._decompressed[run.entry] = plain
+            while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):
+                self._decompressed.popitem(last=False)
+        return plain

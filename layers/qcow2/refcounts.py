@@ -1,0 +1,333 @@
+"""Refcounts: which clusters of the file are in use, taking new ones, and setting old ones free.
+
+::
+
+    refcount table ──> refcount block ──> one number a cluster: 0 free, 1 used, more: shared with snapshots
+    (in the header)    (one cluster)
+
+A cluster that is taken counts 1 at once, in memory. One that is let go is *retired*: it still counts, and stays what it
+was, until `order` has made the change that unlinked it durable; only then is its count lowered. So the counts in
+memory, and those in the file, never fall short of the references that a crash may leave behind.
+
+A missing refcount block is put into the first cluster of the range that it counts. When the table is too short, a
+longer one is laid out behind all that is counted, followed by the blocks that count both.
+
+Specification: "Host cluster management". Whoever calls holds the metadata lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from array import array
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from layers.ondisk.qcow2 import OFFSET_END, REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS, REFCOUNT_TABLE_RESERVED
+from layers.qcow2.cache import Cache, Table, Write
+from layers.qcow2.clusters import Geometry
+from layers.qcow2.freespace import FreeRuns
+from layers.qcow2.header import Header
+from layers.qcow2.limits import CACHED_COUNT_MIN, FREED_COUNT_MAX, REFCOUNT_TABLE_MAX
+from layers.qcow2.occupied import Occupied
+from layers.qcow2.order import Cut, Retired
+from layers.qcow2.storage import Storage
+
+
+class Refcounts:
+    """The refcount table and blocks of an image, and the allocator that follows from them."""
+
+    def __init__(self, storage: Storage, header: Header, occupied: Occupied, cache_size: int) -> None:
+        self._storage, self._geometry, self._occupied = storage, header.geometry, occupied
+        self._width = _Width(header.geometry)
+        size = header.geometry.cluster_size
+        place, length = header.refcount_table_offset, header.refcount_table_clusters * size
+        self._table = Table.parse(place, storage.read_table("refcount table", REFCOUNT_TABLE_AT, place, length))
+        #: The header names another table than this.
+        self._header_is_stale = False
+        self._cache = Cache(max(cache_size // size, CACHED_COUNT_MIN))
+        #: Where to look for free clusters next: all below it are in use or in ``_free``.
+        self._cursor = 0
+        self._free = FreeRuns()
+        self._retired: list[Retired] = []
+        self._retired_count = 0
+
+    @property
+    def places(self) -> list[int]:
+        """Where the refcount blocks are in the file, by number; 0 for those that are missing."""
+        return list(self._table.entries)
+
+    @property
+    def table_clusters(self) -> range:
+        """The clusters of the refcount table."""
+        size = self._geometry.cluster_size
+        return range(self._table.place // size, self._table.place // size + len(self._table.entries) * 8 // size)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much has changed or is retired that it should be written back."""
+        return self._cache.crowded or self._retired_count > FREED_COUNT_MAX
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the file has it all, and nothing is retired."""
+        return self._cache.is_clean and not (self._table.changed or self._header_is_stale or self._retired)
+
+    def get(self, cluster: int) -> int:
+        """The refcount of ``cluster``. Raises ImageError, OSError."""
+        number, index = divmod(cluster, self._geometry.block_entries)
+        block = self._block(number)
+        return self._width.get(block.entries, index) if block is not None else 0
+
+    def count_used(self, clusters: int, enough: int) -> int:
+        """How many of the first ``clusters`` clusters are in use; counts no further than to ``enough``."""
+        used = 0
+        for cluster in range(0, clusters, self._geometry.block_entries):
+            block = self._block(cluster // self._geometry.block_entries)
+            if block is not None:
+                used += self._width.count_used(block.entries, clusters - cluster)
+            if used >= enough:
+                break
+        return used
+
+    # -- taking and giving back ------------------------------------------------------------------------------------
+
+    def take(self, count: int) -> tuple[int, int]:
+        """Take up to ``count`` contiguous free clusters: (first, how many). They count 1 from now on.
+
+        Raises OSError (EFBIG: the format can count no more), ImageError.
+        """
+        start, count = self._free.take(count) or self._scan(count)
+        self._check_free(start, count)
+        self._set(start, count, 1)
+        return start, count
+
+    def give_back(self, start: int, count: int) -> None:
+        """Free clusters that were taken and that nothing, in memory or in the file, has referred to since."""
+        self.drop((cluster, 1) for cluster in range(start, start + count))
+
+    def retire(self, offset: int, length: int, *, discard: bool) -> None:
+        """Let go of one reference to the clusters that the bytes touch, once the change that did is durable.
+
+        ``discard``: give the storage back, too, if that was the last reference.
+        """
+        size = self._geometry.cluster_size
+        start, stop = offset // size, (offset + length - 1) // size + 1
+        self._retired_count += stop - start
+        last = self._retired[-1] if self._retired else None
+        if last is not None and last.stop == start and last.discard == discard:
+            self._retired[-1] = Retired(last.start, stop, discard)
+        else:
+            self._retired.append(Retired(start, stop, discard))
+
+    def drop(self, references: Iterable[tuple[int, int]]) -> None:
+        """Lower the refcounts of (cluster, by how much), and make those free that come to 0."""
+        for cluster, times in references:
+            left = max(self.get(cluster) - times, 0)
+            self._set(cluster, 1, left)
+            if left == 0:
+                self._occupied.remove(cluster)
+                if cluster < self._cursor:
+                    self._cursor = min(self._free.add(cluster, 1) or self._cursor, self._cursor)
+
+    def _scan(self, count: int) -> tuple[int, int]:
+        """The next free clusters from the cursor on, which moves behind them."""
+        per_block = self._geometry.block_entries
+        while True:
+            number, index = divmod(self._cursor, per_block)
+            block = self._block(number) or self._make_block(number)
+            index = self._width.find_free(block.entries, index)
+            if index < per_block:
+                count = self._width.free_run(block.entries, index, count)
+                self._cursor = number * per_block + index + count
+                return number * per_block + index, count
+            self._cursor = (number + 1) * per_block
+
+    def _check_free(self, start: int, count: int) -> None:
+        size = self._geometry.cluster_size
+        if (start + count) * size > OFFSET_END:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
+        if self._occupied.overlaps(start, count):
+            raise self._storage.error(
+                "refcounts are wrong: metadata lies in clusters that count as free; repair the image with qemu-img check",
+                start * size,
+            )
+
+    def _set(self, start: int, count: int, value: int) -> None:
+        """Set refcounts whose blocks exist."""
+        while count:
+            number, index = divmod(start, self._geometry.block_entries)
+            block = self._block(number)
+            assert block is not None
+            here = min(count, self._geometry.block_entries - index)
+            first, stop = self._width.fill(block.entries, index, here, value)
+            block.mark(first, stop - first)
+            self._cache.change(number, block)
+            start, count = start + here, count - here
+
+    # -- table and blocks --------------------------------------------------------------------------------------------
+
+    def _block(self, number: int) -> Table | None:
+        if number < len(self._table.entries) and self._table.entries[number]:
+            return self._cache.get(number, self._load)
+        return None
+
+    def _load(self, number: int) -> Table:
+        place = self._table.entries[number]
+        what, named_at = f"refcount table entry {number}", self._table.place + number * 8
+        if place & REFCOUNT_TABLE_RESERVED:
+            raise self._storage.error(what, named_at, f"{place:#x}", "reserved bits clear")
+        data = self._storage.read_table(what, named_at, place, self._geometry.cluster_size)
+        return Table.parse(place, data, self._width.typecode)
+
+    def _make_block(self, number: int) -> Table:
+        if number >= len(self._table.entries):
+            return self._lengthen_table(number)
+        start = number * self._geometry.block_entries
+        self._check_free(start, 1)
+        self._storage.reserve_zeroed(start * self._geometry.cluster_size, self._geometry.cluster_size)
+        self._occupied.add(start)
+        block = self._add_block(number, start)
+        self._set(start, 1, 1)
+        return block
+
+    def _add_block(self, number: int, cluster: int) -> Table:
+        """Enter a new, empty block, in a cluster that is reserved for it already."""
+        size = self._geometry.cluster_size
+        block = Table.new(cluster * size, array(self._width.typecode, bytes(size)))
+        self._cache.change(number, block)
+        self._table.entries[number] = block.place
+        self._table.mark(number)
+        return block
+
+    def _lengthen_table(self, number: int) -> Table:
+        """Make a table that has an entry ``number``, where no cluster is counted yet; the block for that entry."""
+        size, old = self._geometry.cluster_size, self._table
+        table_clusters, blocks = self._plan_table(number)
+        start = number * self._geometry.block_entries
+        self._check_free(start, table_clusters + blocks)
+        self._storage.reserve_zeroed(start * size, (table_clusters + blocks) * size)
+        self._occupied.add(start, table_clusters + blocks)
+        entries = old.entries + array("Q", bytes(table_clusters * size - len(old.entries) * 8))
+        self._table = Table.new(start * size, entries)
+        self._header_is_stale = True
+        for index in range(blocks):
+            self._add_block(number + index, start + table_clusters + index)
+        self._set(start, table_clusters + blocks, 1)
+        self.retire(old.place, len(old.entries) * 8, discard=False)
+        block = self._block(number)
+        assert block is not None
+        return block
+
+    def _plan_table(self, number: int) -> tuple[int, int]:
+        """(clusters of a longer table, how many blocks count them and themselves), from block ``number`` on."""
+        size, per_block = self._geometry.cluster_size, self._geometry.block_entries
+        clusters = len(self._table.entries) * 8 // size
+        while True:
+            clusters += clusters // 2 + 1
+            if clusters * size > REFCOUNT_TABLE_MAX:
+                clusters = REFCOUNT_TABLE_MAX // size
+            blocks = -(-clusters // (per_block - 1))
+            if number + blocks <= clusters * size // 8:
+                return clusters, blocks
+            if clusters * size == REFCOUNT_TABLE_MAX:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
+
+    # -- writing back ----------------------------------------------------------------------------------------------------
+
+    def cut(self, cut: Cut) -> None:
+        """Give all that the file lacks to ``cut``, and all that is retired."""
+        for block in self._cache.changed():
+            cut.prepare(block)
+        if self._table.unlinked:
+            cut.prepare(self._table)
+        elif self._table.changed:
+            cut.publish(self._table)
+        if self._header_is_stale:
+            clusters = len(self.table_clusters)
+            cut.publish_header(
+                Write(REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS.pack(self._table.place, clusters)), self._table
+            )
+        cut.retired, self._retired, self._retired_count = self._retired, [], 0
+
+    def settle(self, cut: Cut) -> None:
+        """The file has all of ``cut``."""
+        if cut.published is self._table:
+            self._header_is_stale = False
+        self._cache.settle()
+
+    def retire_again(self, retired: list[Retired]) -> None:
+        """What `cut` took has not become free: the next one takes it again."""
+        self._retired[:0] = retired
+        self._retired_count += sum(run.stop - run.start for run in retired)
+
+
+class _Width:
+    """Refcounts of 1 to 64 bits in a refcount block's array; those below 8 bits are packed, lowest bits first."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._bits = geometry.refcount_bits
+        self._entries = geometry.block_entries
+        self.typecode: Final = {8: "B", 16: "H", 32: "I", 64: "Q"}.get(self._bits, "B")
+        self._per_byte = max(8 // self._bits, 1)
+        self._mask = (1 << self._bits) - 1
+        packed = range(256) if self._bits < 8 else ()
+        #: A byte with a 0 in it.
+        free = bytes(byte for byte in packed if any(self._unpack(byte, slot) == 0 for slot in range(self._per_byte)))
+        self._free_byte = re.compile(b"[" + re.escape(free) + b"]") if free else None
+        #: How many of a byte's refcounts are not 0.
+        self._used = [sum(self._unpack(byte, slot) != 0 for slot in range(self._per_byte)) for byte in packed]
+
+    def get(self, entries: array[int], index: int) -> int:
+        if self._bits >= 8:
+            return entries[index]
+        return self._unpack(entries[index // self._per_byte], index % self._per_byte)
+
+    def fill(self, entries: array[int], index: int, count: int, value: int) -> tuple[int, int]:
+        """Set ``count`` refcounts; which of the array's items, [first, stop), have them."""
+        if self._bits >= 8:
+            entries[index : index + count] = array(self.typecode, [value]) * count
+            return index, index + count
+        for each in range(index, index + count):
+            shift = each % self._per_byte * self._bits
+            byte = entries[each // self._per_byte]
+            entries[each // self._per_byte] = byte & ~(self._mask << shift) | value << shift
+        return index // self._per_byte, (index + count - 1) // self._per_byte + 1
+
+    def find_free(self, entries: array[int], start: int) -> int:
+        """The first refcount of 0 from ``start`` on; the number of refcounts if there is none."""
+        if self._free_byte is None:
+            try:
+                return entries.index(0, start)
+            except ValueError:
+                return self._entries
+        while start < self._entries:
+            if start % self._per_byte == 0:
+                found = self._free_byte.search(entries, start // self._per_byte)
+                if found is None:
+                    return self._entries
+                start = found.start() * self._per_byte
+            if self.get(entries, start) == 0:
+                return start
+            start += 1
+        return start
+
+    def free_run(self, entries: array[int], start: int, count_max: int) -> int:
+        """How many refcounts from ``start`` are 0, at most ``count_max``."""
+        stop = min(start + count_max, self._entries)
+        index = start
+        while index < stop and self.get(entries, index) == 0:
+            index += 1
+        return index - start
+
+    def count_used(self, entries: array[int], first: int) -> int:
+        """How many of the first ``first`` refcounts (or of all, if there are fewer) are not 0."""
+        if first >= self._entries:
+            if self._bits >= 8:
+                return self._entries - entries.count(0)
+            return sum(map(self._used.__getitem__, entries))
+        return sum(self.get(entries, index) != 0 for index in range(first))
+
+    def _unpack(self, byte: int, slot: int) -> int:
+        return byte >> slot * self._bits & self._mask

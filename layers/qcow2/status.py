@@ -1,0 +1,82 @@
+"""Block status, as QEMU reports it for qcow2.
+
+Allocated here or in a backing file: data. Zero clusters, and what nobody has: holes of zeroes. In an image with
+preallocated metadata, where most of what is allocated was never written, the file's own holes read as zeroes, but
+are allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.reading import Reader
+from layers.qcow2.refcounts import Refcounts
+from nbdserver.layer import BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer
+
+#: QEMU measures disks in sectors: a file that ends within one reaches to the sector's end.
+SECTOR = 512
+
+ABSENT = STATE_HOLE | STATE_ZERO
+
+
+def status(reader: Reader, context: str, offset: int, length: int, *, preallocated: bool) -> Iterator[tuple[int, int]]:
+    """(length, flags) runs that cover the range exactly. ``preallocated``: see `has_preallocation`."""
+    end = offset + length
+    for run, start, stop in reader.spans(offset, length):
+        stop = min(stop, end)
+        if start >= stop:
+            return
+        if run.kind is Kind.UNALLOCATED:
+            yield from _below(reader, context, start, stop)
+        elif run.kind is Kind.NORMAL and preallocated:
+            yield from _in_file(reader, run, start, stop)
+        else:
+            yield stop - start, 0 if run.kind in (Kind.NORMAL, Kind.COMPRESSED) else ABSENT
+
+
+def has_preallocation(reader: Reader, refcounts: Refcounts) -> bool:
+    """Whether much more of the file is in use than takes up storage: QEMU's test, with QEMU's numbers.
+
+    Raises ImageError, OSError.
+    """
+    storage = reader.storage
+    taken = sum(length for length, flags in _exactly(storage.file, 0, storage.size) if not flags & STATE_HOLE)
+    really = taken // storage.cluster_size
+    threshold = max(really * 10 // 9, really + 2)
+    return refcounts.count_used(reader.geometry.clusters(storage.size), threshold) >= threshold
+
+
+def _below(reader: Reader, context: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    edge = min(reader.below_size, end)
+    if reader.backing is not None and start < edge:
+        flags = ABSENT
+        for length, flags in _exactly(reader.backing, start, edge - start, context):
+            yield length, flags
+        rest = min(-edge % SECTOR, end - edge)
+        if rest:
+            yield rest, flags
+        start = edge + rest
+    if start < end:
+        yield end - start, ABSENT
+
+
+def _in_file(reader: Reader, run: Run, start: int, end: int) -> Iterator[tuple[int, int]]:
+    place = reader.place(run, start)
+    there = max(min(end - start, reader.storage.size - place), 0)
+    for length, flags in _exactly(reader.storage.file, place, there):
+        yield length, flags & STATE_ZERO
+    if there < end - start:
+        yield end - start - there, STATE_ZERO
+
+
+def _exactly(layer: Layer, offset: int, length: int, context: str = BASE_ALLOCATION) -> Iterator[tuple[int, int]]:
+    """A child's status, asked as often as it takes, and cut where the range ends."""
+    end = offset + length
+    while offset < end:
+        for run, flags in layer.status(context, offset, end - offset):
+            run = min(run, end - offset)
+            offset += run
+            yield run, flags
+            if offset == end:
+                return

@@ -1,0 +1,76 @@
+"""The image file, as the rest of the format uses it: metadata in and out, and room for more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+from nbdserver.errors import ImageError, RequestError
+from nbdserver.layer import Layer
+from nbdserver.request import Flag, Request
+
+
+class Storage:
+    """``file`` with its size, which only grows, and only here."""
+
+    def __init__(self, file: Layer, cluster_size: int) -> None:
+        self.file, self.cluster_size = file, cluster_size
+        #: The file's size, bytes.
+        self.size = file.size
+        self._growing = threading.Lock()
+
+    def error(self, message: str, offset: int | None = None, found: object = None, wanted: object = None) -> ImageError:
+        """An ImageError about this image."""
+        return ImageError(message, path=self.file.filename, offset=offset, found=found, wanted=wanted)
+
+    def read_table(self, what: str, named_at: int, place: int, length: int) -> bytes:
+        """The bytes of the table ``what``, which what is at ``named_at`` says to be at ``place``.
+
+        Raises ImageError if it cannot be there; OSError.
+        """
+        self.check_place(what, named_at, place)
+        there = min(length, self.size - place)  # the last cluster of a file may be cut off
+        return self.file.pread(place, there) + bytes(length - there)
+
+    def check_place(self, what: str, named_at: int, place: int) -> None:
+        """Raise ImageError if no cluster of the file can begin at ``place``."""
+        if place % self.cluster_size:
+            raise self.error(what, named_at, f"place {place:#x}", f"a multiple of {self.cluster_size:#x}")
+        if not 0 < place < self.size:
+            raise self.error(what, named_at, f"place {place:#x}", f"one in the file, which ends at {self.size:#x}")
+
+    def reserve(self, offset: int, length: int) -> bool:
+        """Make the file reach to the end of the range; whether it lies behind all that was there, so is zeroes.
+
+        Raises OSError: ENOSPC if the file cannot grow.
+        """
+        with self._growing:
+            was = self.size
+            if offset + length > was:
+                try:
+                    self.file.resize(offset + length)
+                except RequestError as error:
+                    number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
+                    raise OSError(number, os.strerror(number), self.file.filename) from error
+                self.size = offset + length
+            return offset >= was
+
+    def reserve_zeroed(self, offset: int, length: int) -> None:
+        """`reserve`, and write zeroes: a full file system says so now, not when the metadata is written back."""
+        self.reserve(offset, length)
+        self.file.pwrite(offset, bytes(length))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range of the file zeroes, as cheaply as it can."""
+        if length:
+            self.file.zero(Request.zero(offset, length, Flag.MAY_UNMAP))
+
+    def wait_unused(self, start: int, stop: int) -> None:
+        """Wait for I/O that is running on the clusters [start, stop). Hold no lock."""
+        self.file.wait_unused(start * self.cluster_size, (stop - start) * self.cluster_size)
+
+    def trim(self, start: int, stop: int) -> None:
+        """Give back the storage of the clusters [start, stop)."""
+        offset = start * self.cluster_size
+        self.file.trim(Request.trim(offset, min(stop * self.cluster_size, self.size) - offset))

@@ -1,0 +1,3 @@
+from tests.serving import backend, tcp
+
+__all__ = ["backend", "tcp"]

@@ -1,0 +1,130 @@
+"""What kill -9 cannot show: a machine that stops. Writes may then be lost, or reach the disk in another order.
+
+A storm runs with the engine's recorder on; from the recording, states are made that a crash could have left
+(`tests.faults.replay`): after every event, and with what no sync had made durable yet chosen at random. Each must be
+consistent after ``qemu-img check -r leaks``, open here, and hold everything that a client had been told is durable.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import random
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbd
+import pytest
+
+from nbdserver.testing import NbdServers
+from tests.faults.replay import Replay, load
+from tests.oracle.model import Kind, Model, Operation
+from tests.oracle.storm import Storm, Weather
+from tests.serving import SEED, amount, content, create, qemu_io
+
+MIB = 1 << 20
+#: States of all disks and backends together.
+STATES = amount(300, 2_000)
+
+DISKS = {
+    "4k": {"cluster_size": 4096},
+    "64k": {"cluster_size": 65536},
+    "512": {"cluster_size": 512},
+    "v2": {"cluster_size": 4096, "compat": "0.10"},
+}
+SIZE = 4 * MIB
+
+#: Long enough to allocate most of the disk, flushing as it goes.
+WEATHER = Weather(
+    weights={Kind.READ: 2, Kind.WRITE: 40, Kind.ZERO: 12, Kind.TRIM: 12, Kind.FLUSH: 5},
+    length_max=48 << 10,
+    connections=2,
+    depth=6,
+    hot=0.3,
+)
+OPERATIONS = 600
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory: the states are written and synced a thousand times."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="nbd-states-", dir=place) as directory:
+        yield Path(directory)
+
+
+class Acknowledged:
+    """What a client had been told when: ticks of the model against positions in the recording."""
+
+    def __init__(self, model: Model, record: Path) -> None:
+        self._model, self._record = model, record
+        self._positions: list[int] = []
+        self._ticks: list[int] = []
+
+    def __call__(self, _operation: Operation) -> None:
+        # The engine records an event before anybody is told of it.
+        self._positions.append(self._record.stat().st_size)
+        self._ticks.append(self._model.now)
+
+    def tick(self, position: int) -> int:
+        """The last tick that a client had certainly seen before that position was recorded."""
+        index = bisect.bisect_right(self._positions, position)
+        return self._ticks[index - 1] if index else 0
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: str) -> None:
+    base = create(memory / "base.qcow2", SIZE - MIB // 2)
+    qemu_io(base, "write -P 5 0 700k", "write -P 6 2M 300k")
+    path = create(memory / "disk.qcow2", SIZE, backing=base, **DISKS[name])
+    initial_file = path.read_bytes()
+    model = Model(SIZE, initial=content(path), crashes=True)
+    told = Acknowledged(model, memory / "record" / "record.bin")
+    arguments = ("--format", "qcow2", "--backend", backend, "--record", memory / "record")
+    with (
+        nbd_server.process(path, *arguments) as server,
+        Storm(server.uri(), model, seed=SEED, weather=WEATHER, acknowledged=told) as storm,
+    ):
+        storm.run(operations=OPERATIONS)
+        storm.drain()
+
+    replay = Replay(load(memory / "record" / "record.bin"), str(path), initial_file)
+    positions = replay.positions()
+    assert bytes(replay.prefix(positions[-1])) == path.read_bytes(), "the recording is not all that happened"
+
+    pick = random.Random(SEED)
+    count = STATES // len(DISKS) // 2
+    # Every second state is a prefix; they are spread over the recording evenly.
+    for number in range(count):
+        position = positions[number * len(positions) // count]
+        state = replay.prefix(position) if number % 2 else replay.reordered(position, pick)
+        path.write_bytes(state)
+        try:
+            _repair_leaks(path)
+            model.check_crashed(_read_all(nbd_server, path, backend), told.tick(position))
+        except AssertionError as error:
+            raise AssertionError(f"state {number}, a crash at {position} of the recording: {error}") from error
+
+
+def _repair_leaks(path: Path) -> None:
+    """After this the image is clean, or the test has failed: anything but leaks is an error."""
+    command = ["qemu-img", "check", "-q", "-r", "leaks", "--output=json", str(path)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    report = json.loads(done.stdout or b"{}")
+    wrong = {key: report[key] for key in ("corruptions", "check-errors", "leaks") if report.get(key)}
+    assert done.returncode == 0 and not wrong, (done.returncode, wrong, done.stdout, done.stderr)
+
+
+def _read_all(nbd_server: NbdServers, path: Path, backend: str) -> bytes:
+    server, uri = nbd_server.start(path, format="qcow2", backend=backend, workers=1, fault_threads=1)
+    try:
+        handle = nbd.NBD()
+        handle.connect_uri(uri)
+        data = b"".join(bytes(handle.pread(MIB, offset)) for offset in range(0, SIZE, MIB))
+        handle.shutdown()
+        return data
+    finally:
+        server.stop()
