@@ -32,14 +32,14 @@ class Kind(Enum):
 
 
 class Run(NamedTuple):
-    """``count`` guest clusters from ``cluster`` that are alike: same kind, same flags, host clusters contiguous.
+    """The guest clusters [first, stop), which are alike: same kind, same flags, host clusters contiguous.
 
     A compressed cluster is a run by itself.
     """
 
     kind: Kind
-    cluster: int
-    count: int
+    first: int
+    stop: int
     #: The first cluster's L2 entry.
     entry: int
     #: Whether the L2 table belongs to the active state alone: its L1 entry has COPIED.
@@ -82,13 +82,6 @@ class Geometry:
     def clusters(self, length: int) -> int:
         """How many clusters ``length`` bytes take up."""
         return -(-length // self.cluster_size)
-
-    def cut(self, run: Run, start: int, stop: int) -> Run:
-        """The guest clusters [start, stop) of ``run``."""
-        entry = run.entry
-        if start > run.cluster and run.kind is not Kind.COMPRESSED and run.place:
-            entry += (start - run.cluster) * self.cluster_size
-        return Run(run.kind, start, stop - start, entry, run.owned)
 
     def kind(self, entry: int) -> Kind:
         """What ``entry`` says. Raises BadEntry for what no valid image contains."""

@@ -160,7 +160,7 @@ class _Parser:
             self._refuse("refcount_order", 96, fields3.refcount_order, f"at most {REFCOUNT_ORDER_MAX}")
         return fields3
 
-    # -- header extensions ----------------------------------------------------------------------------------------
+    # -- header extensions ------------------------------------------------------------------------------------------
 
     def _check_backing_place(self, fields: HeaderFields, fields3: HeaderFields3) -> int:
         """Check where the backing file's name is; where the header extensions end at the latest."""
@@ -197,7 +197,7 @@ class _Parser:
         format = extensions.get(EXTENSION_BACKING_FORMAT, b"").decode("ascii", "backslashreplace")
         return os.fsdecode(name), format or None
 
-    # -- features ----------------------------------------------------------------------------------------------------
+    # -- features ---------------------------------------------------------------------------------------------------
 
     def _check_features(self, fields: HeaderFields, fields3: HeaderFields3, extensions: dict[int, bytes]) -> None:
         incompatible = fields3.incompatible_features
@@ -229,7 +229,7 @@ class _Parser:
             self._refuse("compression type", COMPRESSION_TYPE_AT, found, wanted)
         return found
 
-    # -- tables ---------------------------------------------------------------------------------------------------------
+    # -- tables -----------------------------------------------------------------------------------------------------
 
     def _check_tables(self, fields: HeaderFields, geometry: Geometry) -> None:
         if fields.size > DISK_MAX:

@@ -53,7 +53,7 @@ class Qcow2(Layer):
         self._writer: Writer | None = None
         self._is_preallocated: bool | None = None
 
-    # -- life ------------------------------------------------------------------------------------------------------
+    # -- life -------------------------------------------------------------------------------------------------------
 
     def open(self, opener: Opener) -> None:
         header = read_header(self.file)
@@ -72,23 +72,32 @@ class Qcow2(Layer):
     def _open_writable(self, storage: Storage, header: Header) -> None:
         occupied = Occupied()
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
-        mapping = WritableMapping(storage, header, self.l2_cache_size, self._lock, refcounts, occupied)
+        mapping = WritableMapping(
+            storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied
+        )
         Survey(storage, header, mapping, refcounts).fill(occupied)
         if header.autoclear:
             # What they promise to keep up to date, we shall not. Durable before anything else changes.
             self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(0))
             self.file.flush()
         self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
-        discard = Discard(self.pass_discard_request, self.pass_discard_other)
         self._writer = Writer(
-            self._reader, mapping, refcounts, occupied, self._lock, self._clusters, discard, self.changed, self.allocate
+            self._reader,
+            mapping,
+            refcounts,
+            occupied,
+            lock=self._lock,
+            clusters=self._clusters,
+            discard=Discard(self.pass_discard_request, self.pass_discard_other),
+            changed=self.changed,
+            allocate=self.allocate,
         )
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    # -- what it is ------------------------------------------------------------------------------------------------
+    # -- what it is -------------------------------------------------------------------------------------------------
 
     @property
     def reader(self) -> Reader:
@@ -110,7 +119,7 @@ class Qcow2(Layer):
     def read_only(self) -> bool:
         return self._writer is None
 
-    # -- where the bytes live ----------------------------------------------------------------------------------------
+    # -- where the bytes live ---------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
         if intent is Intent.ZERO:
@@ -164,7 +173,7 @@ class Qcow2(Layer):
     def _is_writable(self, run: Run) -> bool:
         return self._writer is not None and self._writer.is_overwritable(run)
 
-    # -- by code -------------------------------------------------------------------------------------------------------
+    # -- by code ----------------------------------------------------------------------------------------------------
 
     def read(self, request: Request) -> None:
         size = self.reader.geometry.cluster_size
@@ -185,7 +194,7 @@ class Qcow2(Layer):
         if self._writer is not None:
             self._writer.flush()
 
-    # -- block status ---------------------------------------------------------------------------------------------------
+    # -- block status -----------------------------------------------------------------------------------------------
 
     def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         preallocated = self._has_preallocation()

@@ -52,7 +52,7 @@ class Mapping:
                 entries = table.entries[skip : skip + limit - cluster] if table is not None else None
                 place = table.place if table is not None else 0
             if entries is None:
-                yield Run(Kind.UNALLOCATED, cluster, limit - cluster, 0, owned)
+                yield Run(Kind.UNALLOCATED, cluster, limit, 0, owned)
                 cluster = limit
                 continue
             start, base = 0, cluster
@@ -63,18 +63,13 @@ class Mapping:
                     if cluster >= stop:
                         return
                     raise self.bad_entry(cluster, entries[start], str(bad), place) from bad
-                count = self._geometry.run_length(entries, start)
-                yield Run(kind, cluster, count, entries[start], owned)
-                start += count
-                cluster = base + start
+                after = start + self._geometry.run_length(entries, start)
+                yield Run(kind, cluster, base + after, entries[start], owned)
+                start, cluster = after, base + after
 
     def runs_within(self, first: int, stop: int) -> list[Run]:
         """The runs of exactly the guest clusters [first, stop)."""
-        return [
-            run if run.cluster + run.count <= stop else self._geometry.cut(run, run.cluster, stop)
-            for run in self.runs(first, stop)
-            if run.cluster < stop
-        ]
+        return [run._replace(stop=min(run.stop, stop)) for run in self.runs(first, stop) if run.first < stop]
 
     def bad_entry(self, cluster: int, entry: int, wanted: str, table: int = 0) -> ImageError:
         """The ImageError for what the L2 entry of a guest cluster says."""
@@ -106,6 +101,7 @@ class WritableMapping(Mapping):
         header: Header,
         cache_size: int,
         lock: threading.Lock,
+        *,
         refcounts: Refcounts,
         occupied: Occupied,
     ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from itertools import pairwise
 
 
 class Occupied:
@@ -20,7 +21,7 @@ class Occupied:
         """Take all of these at once; the first that occurs twice, if any does."""
         clusters.sort()
         self._clusters = array("Q", clusters)
-        return next((here for here, after in zip(clusters, clusters[1:], strict=False) if here == after), None)
+        return next((here for here, after in pairwise(clusters) if here == after), None)
 
     def add(self, start: int, count: int = 1) -> None:
         """Add ``count`` clusters, none of which is in the set."""

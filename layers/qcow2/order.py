@@ -58,10 +58,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from layers.qcow2.cache import Table, Write
 from nbdserver.errors import RequestError
 from nbdserver.layer import finish
-from nbdserver.request import Request
 
 if TYPE_CHECKING:
-    from layers.qcow2.mapping import Mapping
+    from layers.qcow2.mapping import WritableMapping
     from layers.qcow2.refcounts import Refcounts
     from layers.qcow2.storage import Storage
 
@@ -125,7 +124,7 @@ class Cut:
 class Order:
     """Flushes: one at a time, shared by those who wait for it."""
 
-    def __init__(self, storage: Storage, lock: threading.Lock, mapping: Mapping, refcounts: Refcounts) -> None:
+    def __init__(self, storage: Storage, lock: threading.Lock, mapping: WritableMapping, refcounts: Refcounts) -> None:
         self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
         self._turn = threading.Condition()
         self._running = False

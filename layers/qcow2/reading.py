@@ -49,12 +49,12 @@ class Reader:
         """
         size = self.geometry.cluster_size
         for run in self.mapping.runs(offset // size, self.geometry.clusters(offset + length)):
-            start = max(run.cluster * size, offset)
-            yield run, start, min((run.cluster + run.count) * size, self.size)
+            start = max(run.first * size, offset)
+            yield run, start, min(run.stop * size, self.size)
 
     def place(self, run: Run, offset: int) -> int:
         """Where in the file the byte ``offset`` of the disk is, which a run with host clusters holds."""
-        return run.place + offset - run.cluster * self.geometry.cluster_size
+        return run.place + offset - run.first * self.geometry.cluster_size
 
     def is_zero(self, run: Run, start: int) -> bool:
         """Whether the bytes of ``run`` from ``start`` on read as zeroes for there being nothing in them."""
@@ -75,7 +75,7 @@ class Reader:
         if run.kind is Kind.NORMAL:
             finish(self.storage.file.read(part.moved(self.place(run, part.offset))))
         elif run.kind is Kind.COMPRESSED:
-            skip = part.offset - run.cluster * self.geometry.cluster_size
+            skip = part.offset - run.first * self.geometry.cluster_size
             part.vector.fill(memoryview(self._decompress(run))[skip : skip + part.length])
         elif run.kind is Kind.UNALLOCATED:
             self._read_below(part)
@@ -105,7 +105,7 @@ class Reader:
             plain = decompress(data, self._compression, self.geometry.cluster_size)
         except BadData as bad:
             wanted = f"a cluster of compressed data at {offset:#x} ({bad})"
-            raise self.mapping.bad_entry(run.cluster, run.entry, wanted) from bad
+            raise self.mapping.bad_entry(run.first, run.entry, wanted) from bad
         with self._lock:
             self._decompressed[run.entry] = plain
             while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):

@@ -22,7 +22,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from layers.ondisk.qcow2 import OFFSET_END, REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS, REFCOUNT_TABLE_RESERVED
 from layers.qcow2.cache import Cache, Table, Write
@@ -91,7 +91,7 @@ class Refcounts:
                 break
         return used
 
-    # -- taking and giving back ------------------------------------------------------------------------------------
+    # -- taking and giving back -------------------------------------------------------------------------------------
 
     def take(self, count: int) -> tuple[int, int]:
         """Take up to ``count`` contiguous free clusters: (first, how many). They count 1 from now on.
@@ -150,7 +150,7 @@ class Refcounts:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
         if self._occupied.overlaps(start, count):
             raise self._storage.error(
-                "refcounts are wrong: metadata lies in clusters that count as free; repair the image with qemu-img check",
+                "refcounts are wrong: metadata is in clusters that count as free; repair it with qemu-img check",
                 start * size,
             )
 
@@ -166,7 +166,7 @@ class Refcounts:
             self._cache.change(number, block)
             start, count = start + here, count - here
 
-    # -- table and blocks --------------------------------------------------------------------------------------------
+    # -- table and blocks -------------------------------------------------------------------------------------------
 
     def _block(self, number: int) -> Table | None:
         if number < len(self._table.entries) and self._table.entries[number]:
@@ -234,7 +234,7 @@ class Refcounts:
             if clusters * size == REFCOUNT_TABLE_MAX:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
 
-    # -- writing back ----------------------------------------------------------------------------------------------------
+    # -- writing back -----------------------------------------------------------------------------------------------
 
     def cut(self, cut: Cut) -> None:
         """Give all that the file lacks to ``cut``, and all that is retired."""

@@ -35,10 +35,10 @@ from nbdserver.request import NO_VECTOR, Flag, Request, Vector
 
 
 class Piece(NamedTuple):
-    """``count`` guest clusters from ``cluster`` that are written to the host clusters at ``place``."""
+    """The guest clusters [first, stop), which are written to the host clusters at ``place``."""
 
-    cluster: int
-    count: int
+    first: int
+    stop: int
     place: int
     #: They are there already: what the request does not cover stays, and no L2 entry changes.
     in_place: bool
@@ -66,6 +66,7 @@ class Writer:
         mapping: WritableMapping,
         refcounts: Refcounts,
         occupied: Occupied,
+        *,
         lock: threading.Lock,
         clusters: RangeLock,
         discard: Discard,
@@ -101,7 +102,7 @@ class Writer:
         first = min(-(-start // size) * size, end)
         return first, end if end == self._reader.size else max(end // size * size, first)
 
-    # -- write -----------------------------------------------------------------------------------------------------
+    # -- write ------------------------------------------------------------------------------------------------------
 
     def write(self, request: Request) -> None:
         """Write any range."""
@@ -146,37 +147,38 @@ class Writer:
         if not change:
             return range(0)
         self._order.check()
-        last = change[-1].cluster + change[-1].count - 1
-        return range(change[0].cluster // self._geometry.l2_entries, last // self._geometry.l2_entries + 1)
+        per_table = self._geometry.l2_entries
+        return range(change[0].first // per_table, (change[-1].stop - 1) // per_table + 1)
 
     def _places(self, run: Run) -> Iterator[Piece]:
         if run.copied and run.kind in (Kind.NORMAL, Kind.ZERO_ALLOCATED):
             misplaced = self._misplaced(run)
             if misplaced is not None:
                 raise misplaced
-            yield Piece(run.cluster, run.count, run.place, run.kind is Kind.NORMAL, False)
+            yield Piece(run.first, run.stop, run.place, run.kind is Kind.NORMAL, False)
             return
-        cluster, stop = run.cluster, run.cluster + run.count
-        while cluster < stop:
-            start, count = self.refcounts.take(stop - cluster)
-            yield Piece(cluster, count, start * self._geometry.cluster_size, False, True)
-            cluster += count
+        first = run.first
+        while first < run.stop:
+            start, count = self.refcounts.take(run.stop - first)
+            yield Piece(first, first + count, start * self._geometry.cluster_size, False, True)
+            first += count
 
     def _give_back(self, pieces: list[Piece], linked: int) -> None:
         for piece in pieces:
-            kept = min(max(linked - piece.cluster, 0), piece.count)
-            if piece.taken and kept < piece.count:
-                self.refcounts.give_back(piece.place // self._geometry.cluster_size + kept, piece.count - kept)
+            first = max(piece.first, linked)
+            if piece.taken and first < piece.stop:
+                start = piece.place // self._geometry.cluster_size + first - piece.first
+                self.refcounts.give_back(start, piece.stop - first)
 
     def _put(self, request: Request, piece: Piece, runs: list[Run]) -> None:
         """Write what ``request`` has for ``piece``, and, into new clusters, what surrounds it in the first and last."""
         size = self._geometry.cluster_size
-        piece_start, piece_end = piece.cluster * size, (piece.cluster + piece.count) * size
+        piece_start, piece_end = piece.first * size, piece.stop * size
         start, end = max(request.offset, piece_start), min(request.end, piece_end)
         vector = request.vector.slice(start - request.offset, end - start)
         place = piece.place + start - piece_start
         if not piece.in_place:
-            is_zeroed = self._storage.reserve(piece.place, piece.count * size)
+            is_zeroed = self._storage.reserve(piece.place, piece_end - piece_start)
             before = self._surrounding(runs[0], piece_start, start, piece.place, is_zeroed)
             after = self._surrounding(runs[-1], end, piece_end, place + end - start, is_zeroed)
             vector, place = before + vector + after, place - before.length
@@ -204,14 +206,14 @@ class Writer:
         """(guest cluster, L2 entries), within one L2 table each, that name the pieces."""
         size, per_table = self._geometry.cluster_size, self._geometry.l2_entries
         for piece in pieces:
-            cluster, stop = piece.cluster, piece.cluster + piece.count
-            while cluster < stop and not piece.in_place:
-                limit = min((cluster // per_table + 1) * per_table, stop)
-                first = COPIED | piece.place + (cluster - piece.cluster) * size
-                yield cluster, array("Q", range(first, first + (limit - cluster) * size, size))
-                cluster = limit
+            first = piece.first
+            while first < piece.stop and not piece.in_place:
+                stop = min((first // per_table + 1) * per_table, piece.stop)
+                entry = COPIED | piece.place + (first - piece.first) * size
+                yield first, array("Q", range(entry, entry + (stop - first) * size, size))
+                first = stop
 
-    # -- zero and trim -----------------------------------------------------------------------------------------------
+    # -- zero and trim ----------------------------------------------------------------------------------------------
 
     def zero(self, request: Request) -> None:
         """Make any range read as zeroes. MAY_UNMAP frees what it can; NO_FALLBACK raises ENOTSUP where zeroes would
@@ -240,25 +242,24 @@ class Writer:
             if entries is not None:
                 self._order.check()
                 with self._lock:
-                    self._replace(run.cluster, entries, discard=self._discard.request)
+                    self._replace(run.first, entries, discard=self._discard.request)
             elif run.kind is Kind.NORMAL:
                 size = self._geometry.cluster_size
-                end = min((run.cluster + run.count) * size, part.end)
-                self._zero_data(_part(part, run.cluster * size, end))
+                self._zero_data(_part(part, run.first * size, min(run.stop * size, part.end)))
 
     def _zeroed(self, run: Run, *, unmap: bool) -> array[int] | None:
         """The entries that make ``run`` zeroes; None if it is, or if there are none."""
         if not self._geometry.has_zero:
             is_freed = run.kind is Kind.COMPRESSED or (run.kind is Kind.NORMAL and unmap)
-            return array("Q", [0]) * run.count if is_freed else None
+            return array("Q", [0]) * (run.stop - run.first) if is_freed else None
         if run.kind is Kind.NORMAL and not unmap:
             size, first = self._geometry.cluster_size, run.entry | ZERO
-            return array("Q", range(first, first + run.count * size, size))
+            return array("Q", range(first, first + (run.stop - run.first) * size, size))
         if run.kind is Kind.ZERO_ALLOCATED:
             is_zero = not unmap
         else:
-            is_zero = self._reader.is_zero(run, run.cluster * self._geometry.cluster_size)
-        return None if is_zero else array("Q", [ZERO]) * run.count
+            is_zero = self._reader.is_zero(run, run.first * self._geometry.cluster_size)
+        return None if is_zero else array("Q", [ZERO]) * (run.stop - run.first)
 
     def _zero_data(self, part: Request) -> None:
         """Zero bytes, in place or by writing zeroes."""
@@ -266,8 +267,7 @@ class Writer:
             return
         size = self._geometry.cluster_size
         for run in self._mapping.runs_within(*self._span(part)):
-            start = max(run.cluster * size, part.offset)
-            end = min((run.cluster + run.count) * size, part.end)
+            start, end = max(run.first * size, part.offset), min(run.stop * size, part.end)
             if self._reader.is_zero(run, start):
                 continue
             if self.is_overwritable(run):
@@ -287,7 +287,7 @@ class Writer:
             self._write(Request.write(start, zeroes.slice(0, length)))
             start += length
 
-    # -- common to all -------------------------------------------------------------------------------------------------
+    # -- common to all ----------------------------------------------------------------------------------------------
 
     def _relieve(self) -> None:
         """Write metadata back if too much waits for it. Before anything is held: a flush waits for others."""
@@ -321,14 +321,15 @@ class Writer:
 
     def _misplaced(self, run: Run) -> ImageError | None:
         """Why the host clusters of ``run`` must not be written, though the image says that they are its own."""
-        start = run.place // self._geometry.cluster_size
-        if (start + run.count - 1) * self._geometry.cluster_size >= self._storage.size:
+        size = self._geometry.cluster_size
+        start, count = run.place // size, run.stop - run.first
+        if (start + count - 1) * size >= self._storage.size:
             wanted = f"a place in the file, which ends at {self._storage.size:#x}"
-        elif self._occupied.overlaps(start, run.count):
+        elif self._occupied.overlaps(start, count):
             wanted = "a place that does not hold metadata"
         else:
             return None
-        return self._mapping.bad_entry(run.cluster, run.entry, wanted)
+        return self._mapping.bad_entry(run.first, run.entry, wanted)
 
 
 def _part(request: Request, start: int, end: int) -> Request:
@@ -343,9 +344,9 @@ def _merged(pieces: list[Piece], cluster_size: int) -> Iterator[Piece]:
         if (
             last is not None
             and last.in_place == piece.in_place
-            and last.place + last.count * cluster_size == piece.place
+            and last.place + (last.stop - last.first) * cluster_size == piece.place
         ):
-            last = last._replace(count=last.count + piece.count)
+            last = last._replace(stop=piece.stop)
             continue
         if last is not None:
             yield last
