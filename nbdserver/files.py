@@ -282,6 +282,9 @@ class _Open:
     """One open inode and how many hold it."""
 
     file: OpenFile
+    #: The descriptor that carries the image locks. One of its own: io_uring keeps those it does I/O on for a while after
+    #: they have been closed, even by the end of the process, and their locks with them.
+    lock: int
     path: str
     read_only: bool
     users: int = 1
@@ -322,9 +325,17 @@ class Files:
             os.close(fd)
             known.users += 1
             return known.file
-        lock_image(fd, path, read_only=read_only)
-        file = self._wrap(fd, path, read_only)
-        self._open[identity] = _Open(file, path, read_only)
+        try:
+            lock = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=path) from error
+        try:
+            lock_image(lock, path, read_only=read_only)
+            file = self._wrap(fd, path, read_only)
+        except BaseException:
+            os.close(lock)
+            raise
+        self._open[identity] = _Open(file, lock, path, read_only)
         self._identities[file] = identity
         return file
 
@@ -340,15 +351,18 @@ class Files:
 
     def close(self, file: OpenFile) -> None:
         """Let one user of the file go; the last one closes it."""
-        with self._lock:
+        with self._lock:  # held to the end, or the next to open the file would meet our own image lock
             identity = self._identities.get(file)
-            if identity is not None:
-                known = self._open[identity]
-                known.users -= 1
-                if known.users:
-                    return
-                del self._open[identity], self._identities[file]
-            file.close()  # under the lock, or the next to open the file would meet our own image lock
+            if identity is None:
+                file.close()
+                return
+            known = self._open[identity]
+            known.users -= 1
+            if known.users:
+                return
+            del self._open[identity], self._identities[file]
+            file.close()
+            os.close(known.lock)
 
     def probe(self, path: str) -> str:
         """The format of the image at ``path``, by its bytes (see `nbdserver.probe`). Raises ImageError."""

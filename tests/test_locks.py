@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from tests.conftest import Run
 
 from nbdserver.errors import ImageError
 from nbdserver.files import Files

@@ -204,13 +204,13 @@ class Qcow2(Layer):
         """`status.has_preallocation`, asked once, as QEMU does: it says how the image was made."""
         if self._is_preallocated is None:
             self._is_preallocated = False
-            with contextlib.suppress(ImageError, OSError), self._lock:
+            with contextlib.suppress(ImageError, OSError):
                 refcounts = (
                     self._writer.refcounts
                     if self._writer is not None
                     else Refcounts(self.reader.storage, self._header, Occupied(), 0)
                 )
-                self._is_preallocated = status.has_preallocation(self.reader, refcounts)
+                self._is_preallocated = status.has_preallocation(self.reader, refcounts, self._lock)
         return self._is_preallocated
 
 

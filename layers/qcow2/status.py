@@ -7,6 +7,7 @@ are allocated.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from layers.qcow2.clusters import Kind, Run
@@ -35,7 +36,7 @@ def status(reader: Reader, context: str, offset: int, length: int, *, preallocat
             yield stop - start, 0 if run.kind in (Kind.NORMAL, Kind.COMPRESSED) else ABSENT
 
 
-def has_preallocation(reader: Reader, refcounts: Refcounts) -> bool:
+def has_preallocation(reader: Reader, refcounts: Refcounts, lock: threading.Lock) -> bool:
     """Whether much more of the file is in use than takes up storage: QEMU's test, with QEMU's numbers.
 
     Raises ImageError, OSError.
@@ -44,7 +45,8 @@ def has_preallocation(reader: Reader, refcounts: Refcounts) -> bool:
     taken = sum(length for length, flags in _exactly(storage.file, 0, storage.size) if not flags & STATE_HOLE)
     really = taken // storage.cluster_size
     threshold = max(really * 10 // 9, really + 2)
-    return refcounts.count_used(reader.geometry.clusters(storage.size), threshold) >= threshold
+    with lock:
+        return refcounts.count_used(reader.geometry.clusters(storage.size), threshold) >= threshold
 
 
 def _below(reader: Reader, context: str, start: int, end: int) -> Iterator[tuple[int, int]]:

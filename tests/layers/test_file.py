@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from tests.conftest import Run
 
 from layers.file import File
 from nbdserver.errors import ImageError, RequestError

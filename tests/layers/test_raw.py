@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from tests.conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 

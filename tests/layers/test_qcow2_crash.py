@@ -1,0 +1,129 @@
+"""A crash at any instant, with any order and loss of what was not synced: the image is sound, flushed data is there.
+
+Every state goes through the checker and reader in `qcow2_check`, a sample of them through ``qemu-img check`` too.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.layers.qcow2_check import check, read
+from tests.layers.qcow2_kit import Drive, crash_states, open_recorded, open_stack
+from tests.serving import SEED, amount, create, qemu_io, run
+from tests.serving import check as qemu_check
+
+KIB = 1024
+
+
+@dataclass
+class Scenario:
+    name: str
+    cluster: int
+    size: int
+    options: dict[str, object] = field(default_factory=dict)
+    #: qemu-io commands that come first, and whether a snapshot is taken then, and a backing file of this size.
+    before: tuple[str, ...] = ()
+    snapshot: bool = False
+    backing: int = 0
+    #: Compress the content of ``before``.
+    compress: bool = False
+    layer: dict[str, object] = field(default_factory=dict)
+    steps: int = 60
+    states: int = 200
+    longest: int = 8
+
+
+SCENARIOS = [
+    Scenario("small clusters", 512, 128 * KIB),
+    Scenario("4k clusters", 4096, 256 * KIB),
+    Scenario("64k clusters", 65536, 1024 * KIB, states=100, longest=3),
+    Scenario("version 2", 512, 128 * KIB, {"compat": "0.10"}),
+    Scenario("narrow refcounts", 1024, 128 * KIB, {"refcount_bits": 1}),
+    Scenario("many refcount blocks", 512, 256 * KIB, {"refcount_bits": 64}),
+    Scenario(
+        "growing refcount table", 512, 2560 * KIB, {"refcount_bits": 64}, ("write -P 1 0 1536k",),
+        steps=30, states=60, longest=400,
+    ),
+    Scenario("snapshot", 512, 128 * KIB, before=("write -P 1 0 40k", "write -P 2 64k 33k"), snapshot=True),
+    Scenario("snapshot, 4k", 4096, 256 * KIB, before=("write -P 1 0 200k",), snapshot=True),
+    Scenario("backing file", 1024, 128 * KIB, backing=99 * KIB + 512),
+    Scenario("compressed", 1024, 128 * KIB, before=("write -P 1 0 40k", "write -P 2 64k 33k"), compress=True),
+    Scenario("preallocated", 1024, 128 * KIB, {"preallocation": "metadata"}),
+    Scenario("little cache", 512, 256 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
+    Scenario("all discarded", 1024, 128 * KIB, layer={"pass_discard_other": True}),
+]  # fmt: skip
+
+
+def _make(scenario: Scenario, directory: Path, pick: random.Random) -> tuple[bytes, bytes]:
+    """The image file, and the content of its backing file."""
+    backing, below = None, b""
+    if scenario.backing:
+        backing, below = directory / "backing.raw", pick.randbytes(scenario.backing)
+        backing.write_bytes(below)
+    path = create(
+        directory / "image", scenario.size, backing=backing, backing_format="raw",
+        cluster_size=scenario.cluster, **scenario.options,
+    )  # fmt: skip
+    if scenario.before:
+        qemu_io(path, *scenario.before)
+    if scenario.compress:
+        small = directory / "small"
+        run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"cluster_size={scenario.cluster}", path, small)
+        path = small
+    if scenario.snapshot:
+        run("qemu-img", "snapshot", "-c", "before", path)
+    return path.read_bytes(), below
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_crash_states_are_sound_and_hold_what_was_flushed(scenario: Scenario, tmp_path: Path) -> None:
+    pick = random.Random(f"{SEED} {scenario.name}")
+    initial, below = _make(scenario, tmp_path, pick)
+    content = read(initial, below)
+    file, layer = open_recorded(initial, backing=_backing(below), **scenario.layer)
+    with open_stack(layer) as disk:
+        drive = Drive(file, disk, content, pick, scenario.cluster)
+        for _ in range(scenario.steps):
+            drive.step(longest=scenario.longest)
+    assert not check(file.data).errors and not check(file.data).leaks, "after closing"
+    assert read(file.data, below) == drive.model
+
+    states = amount(scenario.states, 20 * scenario.states)
+    for number, (position, state) in enumerate(crash_states(initial, file.log, pick, states)):
+        where = f"crash {number} before {position}: {[str(o) for o in file.log[max(position - 8, 0) : position]]}"
+        assert not check(state).errors, where
+        assert not drive.history.wrong(position, read(state, below)), where
+        if number % (states // 4) == 0:
+            _qemu_agrees(state, tmp_path / "state")
+
+
+def _backing(below: bytes) -> object:
+    """A layer with these bytes; what the image itself names is not opened."""
+    return open_recorded(below)[0] if below else False
+
+
+def _qemu_agrees(state: bytearray, path: Path) -> None:
+    path.write_bytes(state)
+    qemu_check(path, leaks_allowed=True)
+    run("qemu-img", "check", "-q", "-r", "leaks", path)
+    qemu_check(path)
+
+
+def test_snapshots_survive_crashes(tmp_path: Path) -> None:
+    scenario = Scenario("s", 512, 96 * KIB, before=("write -P 1 0 96k",), snapshot=True)
+    pick = random.Random(SEED)
+    initial, _ = _make(scenario, tmp_path, pick)
+    file, layer = open_recorded(initial)
+    with open_stack(layer) as disk:
+        drive = Drive(file, disk, read(initial), pick, 512)
+        for _ in range(40):
+            drive.step()
+    for position, state in crash_states(initial, file.log, pick, 8):
+        path = tmp_path / "state"
+        path.write_bytes(state)
+        run("qemu-img", "snapshot", "-a", "before", path)
+        assert read(path.read_bytes()) == b"\1" * scenario.size, position
