@@ -50,7 +50,7 @@ from nbdserver.files import Files
 from nbdserver.handshake import encoded
 from nbdserver.layer import Layer
 from nbdserver.limits import FAULT_THREADS, MIB, PAYLOAD_MAX, POOL_DEFAULT, STRING_MAX, TIB
-from nbdserver.registry import NOWHERE, Where, _Unfit
+from nbdserver.registry import NOWHERE, Where
 
 #: A longer file is no configuration; it is read into memory.
 CONFIG_FILE_MAX: Final = 4 * MIB
@@ -474,10 +474,7 @@ class _Table:
 
 def size(value: object, low: int, high: int) -> int:
     """Bytes, from an integer or a string such as "128M". ValueError, saying what is allowed."""
-    try:
-        found = registry.parse_size(value)
-    except _Unfit as unfit:
-        raise ValueError(str(unfit)) from None
+    found = registry.parse_size(value)
     if not low <= found <= high:
         raise ValueError(f"a size from {_in_units(low)} to {_in_units(high)}")
     return found

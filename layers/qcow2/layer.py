@@ -70,6 +70,7 @@ class Qcow2(Layer):
         self._header = header
 
     def _open_writable(self, storage: Storage, header: Header) -> None:
+        storage.fill_up()
         occupied = Occupied()
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
         mapping = WritableMapping(
@@ -135,9 +136,10 @@ class Qcow2(Layer):
     def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
         reader = self.reader
         for run, start, end in reader.spans(offset, length):
-            writable = self._is_writable(run)
-            if run.kind is Kind.NORMAL and (writable or intent is Intent.READ):
-                yield Extent(end - start, self.file, reader.place(run, start), writable)
+            if self._is_writable(run):
+                yield Extent(end - start, self.file, reader.place(run, start), True)
+            elif run.kind is Kind.NORMAL and intent is Intent.READ:
+                yield from reader.stored(run, start, end)
             elif run.kind is Kind.COMPRESSED or intent is Intent.WRITE:
                 yield Extent(end - start, CODE)
             elif run.kind is Kind.UNALLOCATED:

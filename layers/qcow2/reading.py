@@ -56,6 +56,15 @@ class Reader:
         """Where in the file the byte ``offset`` of the disk is, which a run with host clusters holds."""
         return run.place + offset - run.first * self.geometry.cluster_size
 
+    def stored(self, run: Run, start: int, end: int) -> Iterator[Extent]:
+        """Where the bytes [start, end) of a run with host clusters are; what the file does not reach to is zeroes."""
+        place = self.place(run, start)
+        edge = min(max(self.storage.size - place + start, start), end)
+        if start < edge:
+            yield Extent(edge - start, self.storage.file, place)
+        if edge < end:
+            yield Extent(end - edge, ZERO)
+
     def is_zero(self, run: Run, start: int) -> bool:
         """Whether the bytes of ``run`` from ``start`` on read as zeroes for there being nothing in them."""
         if run.kind is Kind.UNALLOCATED:
@@ -73,23 +82,23 @@ class Reader:
     def read_run(self, run: Run, part: Request) -> None:
         """Read a range that ``run`` holds."""
         if run.kind is Kind.NORMAL:
-            finish(self.storage.file.read(part.moved(self.place(run, part.offset))))
+            self._read_extents(self.stored(run, part.offset, part.end), part)
         elif run.kind is Kind.COMPRESSED:
             skip = part.offset - run.first * self.geometry.cluster_size
             part.vector.fill(memoryview(self._decompress(run))[skip : skip + part.length])
         elif run.kind is Kind.UNALLOCATED:
-            self._read_below(part)
+            self._read_extents(self.below(part.offset, part.end), part)
         else:
             part.vector.zero()
 
-    def _read_below(self, part: Request) -> None:
+    def _read_extents(self, extents: Iterator[Extent], part: Request) -> None:
         done = 0
-        for extent in self.below(part.offset, part.end):
-            piece = part.slice(done, extent.length)
-            if extent.target is ZERO or self.backing is None:
-                piece.vector.zero()
+        for extent in extents:
+            piece = part.slice(done, extent.length).moved(extent.offset)
+            if isinstance(extent.target, Layer):
+                finish(extent.target.read(piece))
             else:
-                finish(self.backing.read(piece))
+                piece.vector.zero()
             done += extent.length
 
     def _decompress(self, run: Run) -> bytes:

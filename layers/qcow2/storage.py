@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -39,6 +40,11 @@ class Storage:
             raise self.error(what, named_at, f"place {place:#x}", f"a multiple of {self.cluster_size:#x}")
         if not 0 < place < self.size:
             raise self.error(what, named_at, f"place {place:#x}", f"one in the file, which ends at {self.size:#x}")
+
+    def fill_up(self) -> None:
+        """Have the file end with a whole cluster, if it can: what is in one may then be written in place."""
+        with contextlib.suppress(OSError):
+            self.reserve(0, -(-self.size // self.cluster_size) * self.cluster_size)
 
     def reserve(self, offset: int, length: int) -> bool:
         """Make the file reach to the end of the range; whether it lies behind all that was there, so is zeroes.

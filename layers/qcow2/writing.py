@@ -323,7 +323,7 @@ class Writer:
         """Why the host clusters of ``run`` must not be written, though the image says that they are its own."""
         size = self._geometry.cluster_size
         start, count = run.place // size, run.stop - run.first
-        if (start + count - 1) * size >= self._storage.size:
+        if (start + count) * size > self._storage.size:
             wanted = f"a place in the file, which ends at {self._storage.size:#x}"
         elif self._occupied.overlaps(start, count):
             wanted = "a place that does not hold metadata"

@@ -53,7 +53,9 @@ class Image:
     def _block(self, block: bytes) -> list[int]:
         width = self.refcount_bits
         if width >= 8:
-            return list(struct.unpack(f">{len(block) * 8 // width}{ {8: 'B', 16: 'H', 32: 'I', 64: 'Q'}[width]}", block))
+            return list(
+                struct.unpack(f">{len(block) * 8 // width}{ {8: 'B', 16: 'H', 32: 'I', 64: 'Q'}[width] }", block)
+            )
         return [byte >> shift & (1 << width) - 1 for byte in block for shift in range(0, 8, width)]
 
     def l1_tables(self) -> Iterator[tuple[int, int, bool]]:

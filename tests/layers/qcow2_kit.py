@@ -104,7 +104,9 @@ def apply(data: bytearray, operation: Operation, sectors: Callable[[int], bool] 
 # -- crash states ------------------------------------------------------------------------------------------------------
 
 
-def crash_states(initial: bytes, log: list[Operation], pick: random.Random, count: int) -> Iterator[tuple[int, bytearray]]:
+def crash_states(
+    initial: bytes, log: list[Operation], pick: random.Random, count: int
+) -> Iterator[tuple[int, bytearray]]:
     """(position, file): what a crash can leave that comes when all of ``log[:position]`` has begun.
 
     ``count`` prefixes (or all there are), and ``count`` states in which operations since the last sync are lost, or

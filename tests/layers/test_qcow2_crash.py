@@ -18,6 +18,9 @@ from tests.serving import check as qemu_check
 
 KIB = 1024
 
+#: Where the header names the refcount table.
+REFCOUNT_TABLE_AT = 48
+
 
 @dataclass
 class Scenario:
@@ -35,6 +38,8 @@ class Scenario:
     steps: int = 60
     states: int = 200
     longest: int = 8
+    #: Whether the refcount table is relocated.
+    grows: bool = False
 
 
 SCENARIOS = [
@@ -45,8 +50,8 @@ SCENARIOS = [
     Scenario("narrow refcounts", 1024, 128 * KIB, {"refcount_bits": 1}),
     Scenario("many refcount blocks", 512, 256 * KIB, {"refcount_bits": 64}),
     Scenario(
-        "growing refcount table", 512, 2560 * KIB, {"refcount_bits": 64}, ("write -P 1 0 1536k",),
-        steps=30, states=60, longest=400,
+        "growing refcount table", 512, 2560 * KIB, {"refcount_bits": 64}, ("write -P 1 0 1920k",),
+        steps=30, states=60, longest=400, grows=True,
     ),
     Scenario("snapshot", 512, 128 * KIB, before=("write -P 1 0 40k", "write -P 2 64k 33k"), snapshot=True),
     Scenario("snapshot, 4k", 4096, 256 * KIB, before=("write -P 1 0 200k",), snapshot=True),
@@ -91,6 +96,7 @@ def test_crash_states_are_sound_and_hold_what_was_flushed(scenario: Scenario, tm
             drive.step(longest=scenario.longest)
     assert not check(file.data).errors and not check(file.data).leaks, "after closing"
     assert read(file.data, below) == drive.model
+    assert scenario.grows == any(o.name == "write" and o.offset == REFCOUNT_TABLE_AT for o in file.log)
 
     states = amount(scenario.states, 20 * scenario.states)
     for number, (position, state) in enumerate(crash_states(initial, file.log, pick, states)):
