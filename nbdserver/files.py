@@ -361,8 +361,10 @@ class Files:
             if known.users:
                 return
             del self._open[identity], self._identities[file]
-            file.close()
-            os.close(known.lock)
+            try:
+                file.close()
+            finally:
+                os.close(known.lock)
 
     def probe(self, path: str) -> str:
         """The format of the image at ``path``, by its bytes (see `nbdserver.probe`). Raises ImageError."""

@@ -112,8 +112,10 @@ class _Parser:
         self._head = file.pread(0, min(HEADER.size + HEADER3.size + 8, self._file_size))
 
     def parse(self) -> Header:
-        if len(self._head) < HEADER.size or int.from_bytes(self._head[:4], "big") != MAGIC:
+        if self._head[:4] != MAGIC.to_bytes(4, "big"):
             self._refuse("is not a qcow2 image: wrong magic", 0, self._head[:4].hex() or "nothing", f"{MAGIC:08x}")
+        if len(self._head) < HEADER.size:
+            self._refuse("header is cut off", None, self._file_size, f"at least {HEADER_LENGTH_2} bytes")
         fields = HeaderFields._make(HEADER.unpack_from(self._head))
         if fields.version not in (2, 3):
             self._refuse("unsupported qcow2 version", 4, fields.version, "2 or 3")

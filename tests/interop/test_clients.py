@@ -36,12 +36,16 @@ def server(nbd_server: NbdServers, disk: Path, backend: str, tcp: bool) -> Serve
 
 
 def is_served(uri: str) -> None:
-    """A client that behaves gets its due."""
-    handle = nbd.NBD()
-    handle.connect_uri(uri)
-    handle.pwrite(b"here", 4096)
-    assert bytes(handle.pread(4, 4096)) == b"here"
-    handle.shutdown()
+    """A client that behaves gets its due, within the time limit of `Wire`."""
+    wire = Wire(uri)
+    wire.go()
+    wire.request(WRITE, 4096, 4, cookie=1, data=b"here")
+    assert wire.reply() == (1, 0)
+    wire.request(READ, 4096, 4, cookie=2)
+    assert wire.reply() == (2, 0)
+    assert wire.receive(4) == b"here"
+    wire.request(DISC)
+    wire.close()
 
 
 def _go(wire: Wire, *after: Callable[[Wire], None]) -> None:
@@ -83,7 +87,7 @@ def test_leaving_at_each_stage(server: ServerProcess, manner: str) -> None:
         wire.close()
         try:
             is_served(server.uri())
-        except nbd.Error as error:
+        except (OSError, EOFError) as error:
             raise AssertionError(f"a client that left {stage} left the server unusable: {error}") from error
 
 
@@ -144,9 +148,7 @@ def test_a_client_that_reads_no_replies_holds_up_nobody(server: ServerProcess) -
         with contextlib.suppress(BlockingIOError):
             for cookie in range(200):
                 wire.request(READ, 0, 4 << 20, cookie=cookie)
-    began = time.monotonic()
     is_served(server.uri())
-    assert time.monotonic() - began < 10
     for wire in rude:
         wire.close()
 

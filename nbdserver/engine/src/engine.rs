@@ -134,6 +134,7 @@ impl Engine {
         for index in (0..self.inboxes.len()).rev() {
             let worker = Worker::new(self.clone(), index, rings.pop()).map_err(said)?;
             let builder = std::thread::Builder::new().name(format!("nbd-worker-{index}"));
+            self.inboxes[index].open();
             running.push(builder.spawn(move || worker.run()).map_err(said)?);
         }
         let acceptor = Acceptor::start(self.clone(), listeners).map_err(said)?;

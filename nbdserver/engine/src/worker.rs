@@ -84,7 +84,8 @@ impl Latch {
 #[derive(Default)]
 struct Letters {
     messages: Vec<Message>,
-    closed: bool,
+    /// Whether a worker runs that will take them.
+    open: bool,
 }
 
 /// What other threads have for a worker.
@@ -106,7 +107,7 @@ impl Inbox {
 
     pub fn send(&self, message: Message) {
         let mut letters = self.letters.lock().unwrap();
-        if letters.closed {
+        if !letters.open {
             return;
         }
         letters.messages.push(message);
@@ -119,10 +120,15 @@ impl Inbox {
         self.send(Message::Wake);
     }
 
-    /// Take no more: the worker has ended.
+    /// The worker is about to run. What was sent before was for nobody.
+    pub fn open(&self) {
+        self.letters.lock().unwrap().open = true;
+    }
+
+    /// The worker has ended.
     pub fn close(&self) {
         let mut letters = self.letters.lock().unwrap();
-        letters.closed = true;
+        letters.open = false;
         letters.messages.clear();
     }
 
