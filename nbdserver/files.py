@@ -282,8 +282,8 @@ class _Open:
     """One open inode and how many hold it."""
 
     file: OpenFile
-    #: The descriptor that carries the image locks. One of its own: io_uring keeps those it does I/O on for a while after
-    #: they have been closed, even by the end of the process, and their locks with them.
+    #: The descriptor that carries the image locks. One of its own: io_uring keeps those it does I/O on for a while
+    #: after they have been closed, even by the end of the process, and their locks with them.
     lock: int
     path: str
     read_only: bool

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
 import threading
@@ -237,6 +238,7 @@ class Server:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the engine cannot start: {error}") from error
+        _raise_descriptor_limit()
         self._fault_threads_count = fault_threads
         self._graph = Graph()
         self._files = Files(self._engine.open_file)
@@ -463,6 +465,13 @@ class Server:
             except Exception as error:
                 _log.exception("a layer of export %r failed", self._by_id[fault.export].name)
                 fault.fail(errno.EIO, f"{type(error).__name__} in a layer")
+
+
+def _raise_descriptor_limit() -> None:
+    """Let the process have as many descriptors as it may: every image takes two, every client one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # -- listening -------------------------------------------------------------------------------------------------------

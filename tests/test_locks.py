@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
-import signal
+import socket
 import struct
 import subprocess
 import time
@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Run
 
 from nbdserver.errors import ImageError
 from nbdserver.files import Files
+from tests.conftest import Run
 
 
 @pytest.fixture
@@ -39,21 +39,30 @@ def held_by_us(files: Files, path: Path, *, read_only: bool) -> Iterator[None]:
         files.close(file)
 
 
+def wait_for_greeting(server: subprocess.Popen[bytes], address: Path) -> None:
+    """Until the server speaks: it listens before it opens the image."""
+    for _ in range(3000):
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(address))
+            client.settimeout(30)
+            assert client.recv(8) == b"NBDMAGIC"
+            return
+        assert server.poll() is None
+        time.sleep(0.01)
+    raise AssertionError("qemu-nbd does not start")
+
+
 @contextlib.contextmanager
 def held_by_qemu(path: Path, *options: str) -> Iterator[None]:
     if shutil.which("qemu-nbd") is None:
         pytest.skip("qemu-nbd is not installed")
-    socket = path.with_name("socket")
-    server = subprocess.Popen(["qemu-nbd", "--persistent", "-k", socket, *options, path])
+    address = path.with_name("socket")
+    server = subprocess.Popen(["qemu-nbd", "--persistent", "-k", address, *options, path])
     try:
-        for _ in range(1000):
-            if socket.exists():
-                break
-            assert server.poll() is None
-            time.sleep(0.01)
+        wait_for_greeting(server, address)
         yield
     finally:
-        server.send_signal(signal.SIGTERM)
+        server.kill()
         server.wait(30)
 
 

@@ -153,7 +153,7 @@ class Foreign(Layer):
 
 
 def test_other_packages_add_layers(entry: Callable[[str], None]) -> None:
-    entry("my-own = test_registry:Foreign")
+    entry(f"my-own = {__name__}:Foreign")
     assert "my-own" in names()
     assert layer_type("my-own") is Foreign
     assert Foreign.type == "my-own"
@@ -161,7 +161,7 @@ def test_other_packages_add_layers(entry: Callable[[str], None]) -> None:
 
 
 def test_an_entry_point_that_is_no_layer_is_refused(entry: Callable[[str], None]) -> None:
-    entry("my-own = test_registry:names")
+    entry(f"my-own = {__name__}:names")
     with pytest.raises(ConfigError, match=r"no class derived from nbdserver.layer.Layer"):
         layer_type("my-own")
 
@@ -171,7 +171,7 @@ def test_an_entry_point_that_is_no_layer_is_refused(entry: Callable[[str], None]
 
 @pytest.fixture
 def foreign(entry: Callable[[str], None]) -> Iterator[Callable[..., Foreign]]:
-    entry("foreign = test_registry:Foreign")
+    entry(f"foreign = {__name__}:Foreign")
 
     def make(**keys: object) -> Foreign:
         layer = build("foreign", {"file": Memory(1), **keys}, Where("exports.toml", "export.disk"))

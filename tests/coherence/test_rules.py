@@ -16,7 +16,7 @@ import pytest
 from layers.file import File
 from layers.raw import Raw
 from nbdserver import _engine
-from nbdserver.server import Export, Server
+from nbdserver.server import Export
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import LITTLE, PAGE, SOON, Background, Pages, stopped_at
 from tests.interop.wire import FLUSH, READ, WRITE, Wire

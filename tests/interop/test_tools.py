@@ -59,8 +59,8 @@ def test_nbdinfo_describes_the_export(nbd_server: NbdServers, disk: Path, backen
     }
     assert {key: export[key] for key in expected} == expected
     assert export["contexts"] == ["base:allocation"]
-    assert export["block_minimum"] == 1
-    assert export["block_maximum"] == 32 << 20
+    assert export["block_size_minimum"] == 1
+    assert export["block_size_maximum"] == 32 << 20
 
 
 def test_nbdinfo_lists_exports(nbd_server: NbdServers, disk: Path, backend: str, tcp: bool) -> None:

@@ -123,7 +123,7 @@ def check(data: bytes | bytearray) -> Report:
                     if entry & COPIED:
                         report.errors.append(f"{name}: compressed and COPIED")
                     continue
-                if entry & ~(PLACE | COPIED | 1) or entry & PLACE and (entry & PLACE) % image.cluster:
+                if entry & ~(PLACE | COPIED | 1) or (entry & PLACE and (entry & PLACE) % image.cluster):
                     report.errors.append(f"{name}: not an entry")
                 elif entry & PLACE:
                     refer(name, entry & PLACE, image.cluster)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Run
 
 from layers.file import File
 from nbdserver.errors import ImageError, RequestError
@@ -17,6 +16,7 @@ from nbdserver.files import Files
 from nbdserver.graph import Graph
 from nbdserver.reference import open_stack
 from nbdserver.request import Flag
+from tests.conftest import Run
 
 
 def test_every_byte_lives_in_the_file_where_it_lives_in_the_layer(disk: Path) -> None:

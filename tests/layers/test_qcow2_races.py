@@ -19,8 +19,8 @@ from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag, Request
 from tests.layers.qcow2_check import check, read
 from tests.layers.qcow2_kit import Operation, RecordedFile, open_recorded
-from tests.serving import create, qemu_io, run
 from tests.serving import check as qemu_check
+from tests.serving import create, qemu_io, run
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 4096

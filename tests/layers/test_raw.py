@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from nbdserver.extent import Extent, Intent
 from nbdserver.graph import Graph
 from nbdserver.limits import DISK_MAX
 from nbdserver.reference import open_stack
+from tests.conftest import Run
 
 
 def test_raw_is_the_file_as_it_is(disk: Path) -> None:

@@ -5,13 +5,14 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
 use crate::export::Export;
-use crate::pool::{Slot, Ticket};
+use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
 use crate::vector::Vector;
 use crate::wire::{self, Header, chunk};
@@ -26,6 +27,7 @@ enum Item {
     Head { bytes: [u8; HEAD_MAX], length: u8 },
     Bytes(Vec<u8>),
     Slot(Arc<Slot>, Range<usize>),
+    Spilled(Spilled),
     End { weight: usize },
 }
 
@@ -35,8 +37,21 @@ impl Item {
             Item::Head { bytes, length } => &bytes[..usize::from(*length)],
             Item::Bytes(bytes) => bytes,
             Item::Slot(slot, range) => slot.slice(range.clone()),
+            Item::Spilled(spilled) => &spilled.bytes,
             Item::End { .. } => &[],
         }
+    }
+}
+
+/// Bytes of a reply that had to leave the pool, counted against a bound that all connections share.
+struct Spilled {
+    bytes: Vec<u8>,
+    total: Arc<AtomicUsize>,
+}
+
+impl Drop for Spilled {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.bytes.len(), Relaxed);
     }
 }
 
@@ -46,6 +61,10 @@ pub struct Outgoing {
     items: VecDeque<Item>,
     /// Bytes of the first item that have been sent.
     sent: usize,
+    /// Bytes queued and not sent.
+    length: usize,
+    /// Bytes ever sent.
+    total: u64,
 }
 
 pub enum Sent {
@@ -60,10 +79,49 @@ impl Outgoing {
         self.items.is_empty()
     }
 
+    /// Bytes queued and not sent.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Bytes ever sent: whether it grows says whether the client reads.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    fn push(&mut self, item: Item) {
+        self.length += item.bytes().len();
+        self.items.push_back(item);
+    }
+
     pub fn bytes(&mut self, bytes: Vec<u8>) {
         if !bytes.is_empty() {
-            self.items.push_back(Item::Bytes(bytes));
+            self.push(Item::Bytes(bytes));
         }
+    }
+
+    /// Give the memory of the pool back, and keep the bytes in ordinary memory. False, with nothing moved, if all
+    /// connections would then have more than `max` bytes there.
+    pub fn spill(&mut self, total: &Arc<AtomicUsize>, max: usize) -> bool {
+        if total.fetch_add(self.length, Relaxed) + self.length > max {
+            total.fetch_sub(self.length, Relaxed);
+            return false;
+        }
+        let mut moved = 0;
+        for item in &mut self.items {
+            if let Item::Slot(slot, range) = item {
+                let bytes = slot.slice(range.clone()).to_vec();
+                moved += bytes.len();
+                *item = Item::Spilled(Spilled {
+                    bytes,
+                    total: total.clone(),
+                });
+            }
+        }
+        // What was counted beforehand and has not been moved (`sent` bytes of the first item were not counted).
+        total.fetch_add(moved, Relaxed);
+        total.fetch_sub(self.length, Relaxed);
+        true
     }
 
     fn head(&mut self, write: impl FnOnce(&mut Vec<u8>), scratch: &mut Vec<u8>) {
@@ -71,7 +129,7 @@ impl Outgoing {
         write(scratch);
         let mut bytes = [0; HEAD_MAX];
         bytes[..scratch.len()].copy_from_slice(scratch);
-        self.items.push_back(Item::Head {
+        self.push(Item::Head {
             bytes,
             length: scratch.len() as u8,
         });
@@ -79,7 +137,7 @@ impl Outgoing {
 
     fn data(&mut self, vector: &Vector, range: Range<usize>) {
         for (slot, part) in vector.parts(range) {
-            self.items.push_back(Item::Slot(slot.clone(), part));
+            self.push(Item::Slot(slot.clone(), part));
         }
     }
 
@@ -114,7 +172,7 @@ impl Outgoing {
             Ok(_) if structured => self.head(|out| wire::chunk_none(out, cookie), scratch),
             Ok(_) => self.head(|out| wire::simple_reply(out, 0, cookie), scratch),
         }
-        self.items.push_back(Item::End { weight });
+        self.push(Item::End { weight });
     }
 
     fn error(&mut self, cookie: u64, structured: bool, failure: &Failure, scratch: &mut Vec<u8>) {
@@ -191,7 +249,11 @@ impl Outgoing {
                 .collect();
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             match sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags) {
-                Ok(sent) => self.sent += sent,
+                Ok(sent) => {
+                    self.sent += sent;
+                    self.length -= sent;
+                    self.total += sent as u64;
+                }
                 Err(Errno::AGAIN) => return Ok(Sent::Blocked),
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno),
@@ -262,6 +324,8 @@ pub struct Connection {
     /// What epoll is asked for now.
     pub interest: rustix::event::epoll::EventFlags,
     pub dirty: bool,
+    /// Bytes sent, and received of a payload, when it was last looked at whether the client goes on.
+    pub progress: (u64, usize),
 }
 
 impl Connection {
@@ -271,5 +335,29 @@ impl Connection {
             self.requests -= 1;
             self.weight -= payload.vector.len();
         }
+    }
+
+    /// Whether the client has neither taken in nor sent anything since this was last asked, while memory of the
+    /// pool waits for that.
+    pub fn is_stuck(&mut self) -> bool {
+        let filled = self.payload.as_ref().map_or(0, |payload| payload.filled);
+        let progress = (self.outgoing.total(), filled);
+        let waiting = !self.outgoing.is_empty() || self.payload.is_some();
+        waiting && std::mem::replace(&mut self.progress, progress) == progress
+    }
+
+    /// Give back what memory of the pool waits for the client. False: there is no other memory to be had.
+    pub fn spill(&mut self, pool: &Arc<Pool>, total: &Arc<AtomicUsize>, max: usize) -> bool {
+        if let Some(payload) = &mut self.payload
+            && payload.vector.is_pooled()
+        {
+            let Some(slots) = pool.allocate_ordinary(payload.vector.len()) else {
+                return false;
+            };
+            let vector = Vector::new(slots);
+            vector.fill(0, &payload.vector.to_vec(0..payload.filled));
+            payload.vector = vector;
+        }
+        self.outgoing.spill(total, max)
     }
 }

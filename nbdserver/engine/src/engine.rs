@@ -62,6 +62,8 @@ pub struct Engine {
     pub handshake_timeout: Duration,
     /// Why there is no io_uring, if there is none.
     pub refused: Option<String>,
+    /// Bytes of replies that had to leave the pool, over all connections.
+    pub spilled: Arc<AtomicUsize>,
     /// Connections open now.
     pub connections: AtomicUsize,
     recorder: Option<Arc<Recorder>>,
@@ -117,6 +119,7 @@ impl Engine {
             threads,
             handshake_timeout: settings.handshake_timeout,
             refused,
+            spilled: Arc::default(),
             connections: AtomicUsize::new(0),
             recorder,
             rings: Mutex::new(rings),

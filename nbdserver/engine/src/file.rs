@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{
     FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek,
 };
-use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
+use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwrite, pwritev};
 
 use crate::extents::FileId;
 use crate::record::{Operation, Recorder, Token};
@@ -253,6 +253,10 @@ impl File {
                 }
             }
         }
+        // A block device's ZERO_RANGE may write the zeroes out, in the kernel.
+        if no_fallback && !self.regular {
+            return Err(Errno::OPNOTSUPP);
+        }
         match retry(|| fallocate(&self.fd, FallocateFlags::ZERO_RANGE, offset, length)) {
             Err(errno) if unsupported(errno) => {}
             result => return result,
@@ -276,9 +280,11 @@ impl File {
         retry(|| fallocate(&self.fd, flags, offset, length))
     }
 
+    /// Have the file reach `end`. By writing its last byte, which is the caller's to write: a truncation could cut off
+    /// what another thread has written beyond it meanwhile.
     fn grow(&self, end: u64) -> Result<(), Errno> {
         if self.regular && self.size()? < end {
-            retry(|| ftruncate(&self.fd, end))?;
+            retry(|| pwrite(&self.fd, &[0], end - 1))?;
         }
         Ok(())
     }

@@ -392,7 +392,9 @@ impl Export {
 
     fn fill(&self, sequence: u64, offset: u64, leaves: &Bound<'_, PyAny>) -> PyResult<bool> {
         let pieces = pieces(leaves)?;
-        Ok(leaves.py().detach(|| self.export.fill(sequence, offset, &pieces)))
+        Ok(leaves
+            .py()
+            .detach(|| self.export.fill(sequence, offset, &pieces)))
     }
 
     fn changed(&self, py: Python<'_>, offset: u64, length: u64) {

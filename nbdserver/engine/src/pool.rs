@@ -22,7 +22,9 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(test)]
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,7 +58,8 @@ pub struct Pool {
     id: u32,
     memory: NonNull<u8>,
     pages: usize,
-    memfd: OwnedFd,
+    /// Kept for whoever will share the memory.
+    _memfd: OwnedFd,
     /// Bytes from the begin of the region that are registered with the kernel.
     registered: AtomicUsize,
     state: Mutex<State>,
@@ -97,7 +100,7 @@ impl Pool {
             id: POOLS.fetch_add(1, Relaxed),
             memory: map(&memfd, size)?,
             pages,
-            memfd,
+            _memfd: memfd,
             registered: AtomicUsize::new(size),
             state: Mutex::new(State {
                 buddies: Buddies::new(pages),
@@ -107,8 +110,8 @@ impl Pool {
         }))
     }
 
-    /// Tells the pools of this process apart.
-    pub fn id(&self) -> u32 {
+    #[cfg(test)]
+    fn id(&self) -> u32 {
         self.id
     }
 
@@ -117,8 +120,9 @@ impl Pool {
         (self.memory.as_ptr(), self.size())
     }
 
-    pub fn memfd(&self) -> BorrowedFd<'_> {
-        self.memfd.as_fd()
+    #[cfg(test)]
+    fn memfd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self._memfd.as_fd()
     }
 
     pub fn size(&self) -> usize {
@@ -152,6 +156,17 @@ impl Pool {
         let mut state = self.lock();
         self.cut(&mut state, length, 0)
             .or_else(|| self.ordinary(&mut state, length))
+    }
+
+    /// Ordinary memory, within ORDINARY_MAX: for what has to leave the pool.
+    pub fn allocate_ordinary(self: &Arc<Self>, length: usize) -> Option<Vec<Slot>> {
+        let mut state = self.lock();
+        self.ordinary(&mut state, length)
+    }
+
+    /// Whether anybody waits for memory.
+    pub fn is_short(&self) -> bool {
+        !self.lock().queue.is_empty()
     }
 
     /// Queue for memory of `length` bytes. When it has been granted `waker` is called, once, on
@@ -368,10 +383,12 @@ impl Slot {
         self.memory.as_ptr()
     }
 
+    #[cfg(test)]
     pub fn bytes(&self) -> &[u8] {
         self.slice(0..self.length)
     }
 
+    #[cfg(test)]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.slice_mut(0..self.length)
     }

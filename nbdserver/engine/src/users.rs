@@ -13,7 +13,9 @@
 //! own, and who waits looks at all of them.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+#[cfg(test)]
+use std::time::Duration;
+use std::time::Instant;
 
 use crate::extents::FileId;
 
@@ -50,6 +52,7 @@ impl Users {
     }
 
     /// As `wait_unused`; false if that was not so within `timeout`.
+    #[cfg(test)]
     pub fn wait_unused_timeout(
         &self,
         file: FileId,

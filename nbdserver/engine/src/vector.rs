@@ -36,6 +36,13 @@ impl Vector {
         self.length == 0
     }
 
+    /// Whether any of it is memory of the pool.
+    pub fn is_pooled(&self) -> bool {
+        self.segments
+            .iter()
+            .any(|(slot, _)| slot.pool_offset().is_some())
+    }
+
     /// The parts of the slots that make up `range`, in order.
     pub fn parts(&self, range: Range<usize>) -> impl Iterator<Item = (&Arc<Slot>, Range<usize>)> {
         assert!(range.start <= range.end && range.end <= self.length);

@@ -29,8 +29,14 @@ const RECEIVE: usize = 256 << 10;
 const RECEIVES_MAX: usize = 4;
 /// Requests of one connection under way at once; a client that sends more waits. Linux's own client has 128 tags.
 const REQUESTS_MAX: usize = 256;
-/// Bytes that the requests of one connection may hold at once (one request may always run).
+/// Bytes that the requests of one connection may hold at once (one request may always run), and which part of the pool at the
+/// most.
 const WEIGHT_MAX: usize = 64 << 20;
+const WEIGHT_PART: usize = 4;
+/// Bytes that may wait to be sent before a connection's next request is begun: enough to keep its socket busy.
+const OUTGOING_MAX: usize = 4 << 20;
+/// Replies that clients do not read, in ordinary memory because the pool was needed; beyond it such clients go.
+const SPILL_MAX: usize = 256 << 20;
 /// The longest option payload taken in; up to OPTION_SKIP_MAX it is thrown away and refused, beyond it the
 /// connection ends.
 const OPTION_MAX: u32 = 64 << 10;
@@ -40,6 +46,8 @@ const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
 const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03"; // FIXED_NEWSTYLE | NO_ZEROES
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(500);
+/// The same while somebody waits for memory, which clients that have stopped reading may be holding.
+const TICK_SHORT: Duration = Duration::from_millis(50);
 
 const INBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
@@ -47,11 +55,16 @@ const RING: u64 = u64::MAX - 1;
 const PLACE_BITS: u32 = 24;
 
 pub enum Message {
-    Connect { socket: OwnedFd, peer: String },
+    Connect {
+        socket: OwnedFd,
+        peer: String,
+    },
     Reply(Reply),
     Action(u64, Action),
     Forget(FileId, Arc<Latch>),
     Wake,
+    /// The pool is used up.
+    Short,
     Stop(Instant),
 }
 
@@ -169,6 +182,8 @@ pub struct Worker {
     head: Vec<u8>,
     stopping: Option<Instant>,
     ticked: Instant,
+    /// The pool is, or has just been, used up.
+    short: bool,
 }
 
 /// What became of a request that a worker began.
@@ -212,6 +227,7 @@ impl Worker {
             head: Vec::new(),
             stopping: None,
             ticked: Instant::now(),
+            short: false,
         })
     }
 
@@ -219,7 +235,7 @@ impl Worker {
         let mut events = Vec::with_capacity(64);
         while !self.finished() {
             events.clear();
-            let tick = Timespec::try_from(TICK).expect("half a second");
+            let tick = Timespec::try_from(self.tick_length()).expect("less than a second");
             match epoll::wait(
                 &self.epoll,
                 rustix::buffer::spare_capacity(&mut events),
@@ -282,6 +298,7 @@ impl Worker {
             weight: 0,
             interest: EventFlags::empty(),
             dirty: false,
+            progress: (0, 0),
         };
         let data = EventData::new_u64(token);
         if epoll::add(&self.epoll, &connection.socket, data, EventFlags::empty()).is_err() {
@@ -556,8 +573,7 @@ impl Worker {
         let Some(bytes) = data.first_chunk::<REQUEST_SIZE>() else {
             return Ok(None);
         };
-        let full = connection.requests >= REQUESTS_MAX || connection.weight >= WEIGHT_MAX;
-        if full {
+        if !self.has_room(connection) {
             connection.stalled = true;
             return Ok(None);
         }
@@ -614,6 +630,10 @@ impl Worker {
             let inbox = self.inbox.clone();
             let waker = Arc::new(move || inbox.wake());
             connection.ticket = Some((header, self.engine.pool.enqueue(memory, waker)));
+            self.engine
+                .inboxes
+                .iter()
+                .for_each(|inbox| inbox.send(Message::Short));
             self.stall(connection);
             return Ok(None);
         };
@@ -677,6 +697,14 @@ impl Worker {
             }),
         };
         connection.outgoing.reply(reply, &mut self.head);
+    }
+
+    /// Whether another request may begin.
+    fn has_room(&self, connection: &Connection) -> bool {
+        let weight_max = WEIGHT_MAX.min(self.engine.pool.size() / WEIGHT_PART);
+        connection.requests < REQUESTS_MAX
+            && connection.weight < weight_max
+            && connection.outgoing.len() < OUTGOING_MAX
     }
 
     fn stall(&mut self, connection: &mut Connection) {
@@ -842,6 +870,7 @@ impl Worker {
                     drop(latch);
                 }
                 Message::Wake => self.wake(),
+                Message::Short => self.short = true,
                 Message::Stop(deadline) => self.stop(deadline),
             }
         }
@@ -914,7 +943,7 @@ impl Worker {
                 *requests -= 1;
                 *weight -= bytes;
             });
-            let room = connection.requests < REQUESTS_MAX && connection.weight < WEIGHT_MAX;
+            let room = self.has_room(connection);
             match sent {
                 Err(_) => return Err(()),
                 Ok(_) if waits_for_room(connection) && room => self.resume(connection)?,
@@ -953,13 +982,21 @@ impl Worker {
         Ok(true)
     }
 
-    /// Look at deadlines.
+    fn tick_length(&self) -> Duration {
+        if self.short { TICK_SHORT } else { TICK }
+    }
+
+    /// Look at deadlines, and at who holds memory that others wait for.
     fn tick(&mut self) {
         let now = Instant::now();
-        if now - self.ticked < TICK {
+        if now - self.ticked < self.tick_length() {
             return;
         }
         self.ticked = now;
+        self.short = self.engine.pool.is_short();
+        if self.short {
+            self.spill_stuck();
+        }
         for place in 0..self.connections.len() {
             let late = self.connections[place].as_ref().is_some_and(|connection| {
                 !matches!(connection.phase, Phase::Transmission(..)) && connection.deadline <= now
@@ -967,6 +1004,21 @@ impl Worker {
             if late {
                 let connection = self.connections[place].take().expect("the one looked at");
                 self.close(connection);
+            }
+        }
+    }
+
+    /// Take back memory of the pool from clients that do not go on reading or sending; who holds too much goes.
+    fn spill_stuck(&mut self) {
+        for place in 0..self.connections.len() {
+            let Some(mut connection) = self.connections[place].take() else {
+                continue;
+            };
+            let (pool, spilled) = (&self.engine.pool, &self.engine.spilled);
+            if connection.is_stuck() && !connection.spill(pool, spilled, SPILL_MAX) {
+                self.close(connection);
+            } else {
+                self.connections[place] = Some(connection);
             }
         }
     }
