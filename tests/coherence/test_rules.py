@@ -85,7 +85,7 @@ def stage(nbd_server: NbdServers, tmp_path: Path) -> Stage:
     return Stage(nbd_server, tmp_path)
 
 
-# -- 1. fill against shoot-down ------------------------------------------------------------------------------------------
+# -- 1. fill against shoot-down --------------------------------------------------------------------------------------
 
 
 def test_a_stale_answer_for_the_range_that_was_asked_is_thrown_away(stage: Stage) -> None:
@@ -110,7 +110,7 @@ def test_a_stale_part_of_what_an_answer_brings_besides_is_cut_out(stage: Stage) 
     assert len(stage.pages.resolve_calls) == calls, "what had not changed was to be kept"
 
 
-# -- 2. users of a place ------------------------------------------------------------------------------------------------
+# -- 2. users of a place ---------------------------------------------------------------------------------------------
 
 
 def test_whoever_frees_a_place_waits_for_a_read_that_found_it(stage: Stage) -> None:
@@ -168,7 +168,7 @@ def test_uses_that_begin_after_the_call_are_not_waited_for(stage: Stage) -> None
         freeing.finish()
 
 
-# -- 3. the order of a change ----------------------------------------------------------------------------------------------
+# -- 3. the order of a change ----------------------------------------------------------------------------------------
 
 
 def test_parents_translate_a_changed_range_upwards(nbd_server: NbdServers, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_changed_never_waits(stage: Stage) -> None:
     stage.answer()
 
 
-# -- 4. write permission is a promise ----------------------------------------------------------------------------------------
+# -- 4. write permission is a promise --------------------------------------------------------------------------------
 
 
 def test_whoever_takes_write_permission_away_waits_for_a_write_that_had_it(stage: Stage) -> None:
@@ -220,10 +220,10 @@ def test_whoever_takes_write_permission_away_waits_for_a_write_that_had_it(stage
     assert stage.pages.write_calls == [0], "without permission a write goes to the layer"
 
 
-# -- 5. mutations of one cluster queue up: tests/layers, with the format that has clusters ----------------------------------
+# -- 5. mutations of one cluster queue up: tests/layers, with the format that has clusters ---------------------------
 
 
-# -- 6. points in time -----------------------------------------------------------------------------------------------------
+# -- 6. points in time -----------------------------------------------------------------------------------------------
 
 
 def test_a_drained_section_waits_for_running_requests_and_holds_new_ones_up(stage: Stage) -> None:
@@ -293,7 +293,7 @@ def test_a_write_that_waits_for_a_drained_section_is_done_after_it(stage: Stage)
     assert stage.on_disk(1) == letter(11)
 
 
-# -- 7. dirty bits ---------------------------------------------------------------------------------------------------------
+# -- 7. dirty bits ---------------------------------------------------------------------------------------------------
 
 
 def test_a_write_is_marked_dirty_when_it_has_completed_and_before_it_is_answered(stage: Stage) -> None:
@@ -324,7 +324,7 @@ def test_a_write_through_python_is_marked_too(stage: Stage) -> None:
     assert log.take() == [(4 * PAGE, 2 * PAGE)]
 
 
-# -- 8. replies --------------------------------------------------------------------------------------------------------------
+# -- 8. replies ------------------------------------------------------------------------------------------------------
 
 
 def test_a_client_that_does_not_read_its_replies_holds_up_nobody(stage: Stage) -> None:
@@ -342,7 +342,7 @@ def test_a_client_that_does_not_read_its_replies_holds_up_nobody(stage: Stage) -
     rude.close()
 
 
-# -- 9. flush ----------------------------------------------------------------------------------------------------------------
+# -- 9. flush --------------------------------------------------------------------------------------------------------
 
 
 def test_a_sync_that_comes_while_one_runs_is_not_answered_by_that_one(stage: Stage) -> None:
@@ -394,10 +394,10 @@ def _image(tmp_path: Path) -> Path:
     return path
 
 
-# -- 10. reuse on disk: tests/layers, with the format that reuses ---------------------------------------------------------------
+# -- 10. reuse on disk: tests/layers, with the format that reuses ----------------------------------------------------
 
 
-# -- 11. no waiting in circles -----------------------------------------------------------------------------------------------
+# -- 11. no waiting in circles ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -439,9 +439,7 @@ def test_a_worker_does_not_wait_for_python(stage: Stage) -> None:
     assert stage.client.reply() == (0, 0)
 
 
-def test_an_export_that_hangs_leaves_fault_threads_to_others(
-    nbd_server: NbdServers, tmp_path: Path
-) -> None:
+def test_an_export_that_hangs_leaves_fault_threads_to_others(nbd_server: NbdServers, tmp_path: Path) -> None:
     stage = Stage(nbd_server, tmp_path, fault_threads=4)
     path = tmp_path / "other.raw"
     path.write_bytes(letter(0))

@@ -100,7 +100,7 @@ def apply(data: bytearray, operation: Operation, sectors: Callable[[int], bool] 
             start = stop
 
 
-# -- crash states ------------------------------------------------------------------------------------------------------
+# -- crash states ---------------------------------------------------------------------------------------------------
 
 
 def crash_states(

@@ -177,7 +177,7 @@ def test_a_reader_of_compressed_data_keeps_it_from_being_freed(image: bytes) -> 
         assert found == [b"\2\2\2\2"] and disk.read(64 * KIB, 4) == b"new\2"
 
 
-# -- flushes ---------------------------------------------------------------------------------------------------------------
+# -- flushes --------------------------------------------------------------------------------------------------------
 
 
 def test_a_flush_covers_what_was_written_before_it_began_though_another_runs(image: bytes) -> None:
@@ -211,7 +211,7 @@ def test_flushes_that_wait_share_one(image: bytes) -> None:
 
 def test_all_who_share_a_flush_learn_that_it_failed(image: bytes) -> None:
     file, layer = open_recorded(image)
-    with pytest.raises(OSError), open_stack(layer) as disk:  # noqa: PT012
+    with pytest.raises(OSError), open_stack(layer) as disk:
         stop = Stop(file, _syncs)
         running = Thread(disk.flush)
         stop.wait()
@@ -278,7 +278,7 @@ def test_an_unlinked_cluster_is_not_reused_before_that_is_durable(image: bytes) 
         assert len(file.data) == size, "reused after the flush"
 
 
-# -- the users of a place ----------------------------------------------------------------------------------------------
+# -- the users of a place -------------------------------------------------------------------------------------------
 
 
 def test_a_freed_place_is_not_reused_while_somebody_reads_it(tmp_path: Path, image: bytes) -> None:
@@ -330,7 +330,7 @@ def test_every_change_is_announced_before_the_request_returns(image: bytes) -> N
     file, layer = open_recorded(image)
     watched = Watched(layer)
     with open_stack(watched, graph=Graph()) as disk:
-        for request, range_ in (
+        changes: list[tuple[Callable[[], None], tuple[int, int] | None]] = [
             (lambda: disk.write(FREE + 5, b"x"), (FREE, CLUSTER)),
             (lambda: disk.write(FREE + 5, b"y"), None),
             (lambda: disk.write(64 * KIB, b"x"), (64 * KIB, CLUSTER)),
@@ -341,9 +341,10 @@ def test_every_change_is_announced_before_the_request_returns(image: bytes) -> N
             (lambda: disk.trim(0, 2 * CLUSTER), (0, 2 * CLUSTER)),
             (lambda: disk.write(2 * MIB - CLUSTER, bytes(3 * CLUSTER)), (2 * MIB - CLUSTER, 3 * CLUSTER)),
             (disk.flush, None),
-        ):
+        ]
+        for request, range_ in changes:
             watched.seen.clear()
-            request()  # type: ignore[operator]
+            request()
             covered = [offset for start, length in watched.seen for offset in range(start, start + length, CLUSTER)]
             wanted = [] if range_ is None else list(range(range_[0], range_[0] + range_[1], CLUSTER))
             assert covered == wanted

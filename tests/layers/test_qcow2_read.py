@@ -169,7 +169,7 @@ def test_a_backing_file_of_unnamed_format_is_probed(tmp_path: Path) -> None:
         assert disk.read(0, MIB) == b"\5" * MIB
 
 
-# -- extents -----------------------------------------------------------------------------------------------------------
+# -- extents --------------------------------------------------------------------------------------------------------
 
 
 def _opened(path: Path, **options: Any) -> Qcow2:
@@ -200,6 +200,7 @@ def test_unallocated_is_the_backing_file_as_far_as_it_goes(tmp_path: Path) -> No
     layer = _opened(path)
     with open_stack(layer, read_only=True):
         extents = list(layer.resolve(4096, 1, Intent.READ))
+        assert layer.backing
         assert extents == [Extent(96 * KIB + 5, layer.backing, 4096), Extent(MIB - 100 * KIB - 5, ZERO)]
         assert list(layer.resolve(100 * KIB + 5, 1, Intent.READ)) == [Extent(MIB - 100 * KIB - 5, ZERO)]
 
@@ -214,7 +215,8 @@ def test_intents_on_a_writable_image(tmp_path: Path) -> None:
         file = layer.file
 
         def kinds(offset: int, length: int, intent: Intent) -> list[tuple[int, object, bool]]:
-            runs, left = [], length
+            runs: list[tuple[int, object, bool]] = []
+            left = length
             for extent in layer.resolve(offset, length, intent):
                 runs.append((min(extent.length, left), extent.target, extent.writable))
                 left -= runs[-1][0]

@@ -47,12 +47,12 @@ def _backing(directory: Path, size: int) -> Path:
     """A chain of two, shorter than the disk, with data, zeroes, holes and compressed clusters."""
     raw = directory / "base.raw"
     pick = random.Random(SEED)
-    raw.write_bytes(b"".join(pick.randbytes(512) * 64 if pick.random() < 0.6 else bytes(32768) for _ in range(64)))
+    raw.write_bytes(b"".join(pick.randbytes(512) * 64 if pick.random() < 0.6 else bytes(32768) for _ in range(32)))
     base = directory / "base.qcow2"
     run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=16k", raw, base)
     run("qemu-img", "resize", "-q", base, str(size))
     middle = create(directory / "middle.qcow2", size, backing=base, cluster_size=4096)
-    qemu_io(middle, "write -P 7 1M 333k", "write -z 100k 200k", "write -P 9 2000000 1")
+    qemu_io(middle, "write -P 7 1M 333k", "write -z 100k 200k", "write -P 9 1500000 1")
     return middle
 
 

@@ -1,8 +1,8 @@
 """The engine equals the reference, byte and errno, on random graphs and random request streams.
 
 A stack of layers is built twice on equal files: one is served by the engine and asked over NBD, the other is run by
-`nbdserver.reference`. Meanwhile a thread keeps dropping ranges from the engine's cache (``changed`` of random layers of the
-stack), so that faults, fills and shoot-downs race with the requests.
+`nbdserver.reference`. Meanwhile a thread keeps dropping ranges from the engine's cache (``changed`` of random layers
+of the stack), so that faults, fills and shoot-downs race with the requests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.serving import SEED, amount, check, create, run
 TRIM, CACHE, WRITE_ZEROES = 4, 5, 6
 
 
-# -- layers of the test's own: one of each kind ------------------------------------------------------------------------------
+# -- layers of the test's own: one of each kind ----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,10 +81,9 @@ class Interleave(Layer):
             offset += self.stripe - start
 
 
-# -- stacks ------------------------------------------------------------------------------------------------------------------
+# -- stacks ----------------------------------------------------------------------------------------------------------
 
 Stack = Callable[[Path], Layer]
-
 
 
 def raw_file(size: int, seed: int) -> Stack:
@@ -153,7 +152,7 @@ STACKS = st.recursive(
 )
 
 
-# -- both sides --------------------------------------------------------------------------------------------------------------
+# -- both sides ------------------------------------------------------------------------------------------------------
 
 
 class Client:
