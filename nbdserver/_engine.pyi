@@ -55,6 +55,12 @@ class File:
         """reads, writes, syncs; of the reads and writes, ``fixed`` ones on registered buffers and ``plain`` ones."""
 
 @final
+class Meter:
+    """`nbdserver.extent.Meter`."""
+
+    def charge(self, length: int, write: bool) -> None: ...
+
+@final
 class DirtyLog:
     """Which granules of an export have been written: marked when a write has completed, before it is answered."""
 
@@ -74,9 +80,12 @@ class Export:
     def sequence(self) -> int:
         """How many changes there have been: to be read before resolving, and given to `fill`."""
 
-    def fill(self, sequence: int, offset: int, leaves: Sequence[tuple[int, File | int, int, bool]]) -> bool:
-        """Enter (length, target, offset, writable) extents, contiguous from ``offset``; a target is a file, 0 for
-        ZERO, or 1 for CODE. What has changed since ``sequence`` is left out; False if nothing was entered."""
+    def fill(
+        self, sequence: int, offset: int, leaves: Sequence[tuple[int, File | int, int, bool, int, int, int]]
+    ) -> bool:
+        """Enter (length, target, offset, writable, transform, position, meters) extents, contiguous from ``offset``;
+        a target is a file, 0 for ZERO, or 1 for CODE; transform and meters are numbers of `Engine.add_transform` and
+        `Engine.meters`, or 0. What has changed since ``sequence`` is left out; False if nothing was entered."""
 
     def changed(self, offset: int, length: int) -> None:
         """Drop the range, and number the change. Afterwards no new I/O begins on the old place. Never waits."""
@@ -117,6 +126,10 @@ class Fault:
     def range(self) -> tuple[int, int]: ...
     @property
     def sequence(self) -> int: ...
+    @property
+    def mapped(self) -> bool:
+        """Whether what is to be written is mapped and writable, and must go through its layer all the same."""
+
     @property
     def contexts(self) -> list[tuple[int, str]]: ...
     def segments(self, offset: int, length: int) -> list[tuple[Slot, int, int]]:
@@ -183,6 +196,15 @@ class Engine:
     def pool_free(self) -> int: ...
     @property
     def pool_size(self) -> int: ...
+    def add_transform(self, cipher: str, key: bytes, sector_size: int) -> int:
+        """The number of a new transform. ValueError if there is none such."""
+
+    def new_meter(self, limits: Sequence[tuple[float, float, float]], iops_size: int) -> Meter:
+        """A meter of six (average, max, length) limits: bps total, read, write; iops total, read, write."""
+
+    def meters(self, set: Sequence[Meter]) -> int:
+        """The number of a set of meters."""
+
     def open_file(self, fd: int, name: str, read_only: bool) -> File:
         """Take over a descriptor."""
 

@@ -243,7 +243,7 @@ def layers_() -> None:
         for field in dataclasses.fields(cls):
             if field.init:
                 default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
-                click.echo(f"    {field.name.replace('_', '-')}: {docs.get(field.name, '')}{default}")
+                click.echo(f"    {registry.key_of(field)}: {docs.get(field.name, '')}{default}")
         click.echo()
 
 
@@ -276,6 +276,8 @@ class _Service:
         self._config, self._pid_file = wanted, pid_file
         self._as_json, self._is_verbose, self._is_quiet = as_json, verbose, quiet
         self._served: list[dict[str, Any]] = []
+        #: The nodes that exports share.
+        self._nodes: dict[str, Layer] = {}
 
     def run(self) -> None:
         """Serve until told to stop. Raises ConfigError, ImageError, OSError."""
@@ -306,7 +308,7 @@ class _Service:
                 _print_stats(server)
 
     def _export(self, server: Server, export: ExportConfig) -> None:
-        layer, read_only = export.build()
+        layer, read_only = export.build(self._nodes)
         if read_only and export.read_only is None:
             self._log(
                 f"{export.image} was probed as raw and is served read-only; if it is a raw disk, say so: format raw"

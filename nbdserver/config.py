@@ -13,6 +13,9 @@
     [exports.disk]                           or layers, from top to bottom
     layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
 
+    [nodes.disk]                             layers that several exports share
+    layers = [{type = "qcow2"}, {type = "file", path = "disk.qcow2"}]
+
 Relative paths (also of sockets and in layers: the key ``path``) are relative to the directory of the file.
 
 **Stacks.** A list of layers is a *stack*; each layer stands on the next one, which becomes its ``file`` child, or its
@@ -26,6 +29,10 @@ layer's keys (a key that holds a list of children takes all that are left)::
 
     layers = [{type = "qcow2"}, [{type = "file", path = "top.qcow2"}],
                                 [{type = "raw"}, {type = "file", path = "base.img"}]]
+
+**Nodes.** ``{node = "NAME"}`` stands for the layers of ``[nodes.NAME]``, which are there once, however many exports
+and other nodes name them: what one export writes the others read. A node has all its layers, so nothing follows it.
+It is read-only if all exports that name it are.
 
 **Images.** An image with no ``format`` is probed. One probed as raw is served read-only: a guest that may write its
 first bytes could make it look like another format the next time. ``format = "raw"`` says that raw is meant.
@@ -56,6 +63,7 @@ from nbdserver.registry import NOWHERE, Where
 CONFIG_FILE_MAX: Final = 4 * MIB
 #: What LIST answers must stay sendable: this many names and descriptions of STRING_MAX are 32 MiB.
 EXPORTS_COUNT_MAX: Final = 4096
+NODES_COUNT_MAX: Final = 4096
 #: Addresses; each costs a descriptor.
 LISTEN_COUNT_MAX: Final = 64
 ROOTS_COUNT_MAX: Final = 1024
@@ -87,10 +95,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class NodeConfig:
+    """Layers that several stacks share: ``layers`` is a stack. ``where``: for messages."""
+
+    layers: Sequence[object]
+    where: Where = NOWHERE
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack.
 
-    ``read_only`` None: not said. ``default``: also served under the empty name. ``where``: for messages.
+    ``read_only`` None: not said. ``default``: also served under the empty name. ``where``: for messages. ``nodes``:
+    what ``layers`` may name.
     """
 
     name: str
@@ -101,14 +118,19 @@ class ExportConfig:
     description: str = ""
     default: bool = False
     where: Where = NOWHERE
+    nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
-    def build(self) -> tuple[Layer, bool]:
+    def build(self, built: dict[str, Layer] | None = None) -> tuple[Layer, bool]:
         """New layers, not open yet, and whether to serve them read-only.
+
+        ``built``: the nodes that there are already, by name; what is built here is entered. Exports that are given the
+        same one share them.
 
         Probes an image that has no format, for which alone a file is opened. Raises ConfigError, ImageError.
         """
         if self.layers is not None:
-            return _Stacks(self._directory).build(self.layers, self.where), bool(self.read_only)
+            stacks = _Stacks(self._directory, self.nodes, {} if built is None else built)
+            return stacks.build(self.layers, self.where), bool(self.read_only)
         assert self.image is not None
         format, read_only = self.format, bool(self.read_only)
         if format is None:
@@ -134,7 +156,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration. ``listen`` may be empty: then LISTEN_DEFAULT is meant."""
+    """A whole configuration. ``listen`` may be empty: then LISTEN_DEFAULT is meant.
+
+    ``exports`` are in the order to open them in: where they share nodes, those who may write come first.
+    """
 
     exports: tuple[ExportConfig, ...]
     listen: tuple[str, ...] = ()
@@ -144,17 +169,20 @@ class Config:
 
 def load(path: str) -> Config:
     """Read and check ``path``; every layer is built once, to check its keys. Opens no image. Raises ConfigError."""
-    top = _Table(_read(path), Where(path), ("listen", "roots", "engine", "exports"))
+    top = _Table(_read(path), Where(path), ("listen", "roots", "engine", "nodes", "exports"))
     directory = os.path.dirname(path)
     listen = top.texts("listen", LISTEN_COUNT_MAX)
-    exports = tuple(_exports(top.tables("exports", EXPORTS_COUNT_MAX), path))
+    nodes = _nodes(top.tables("nodes", NODES_COUNT_MAX), path)
+    exports = list(_exports(top.tables("exports", EXPORTS_COUNT_MAX), path, nodes))
     if not exports:
         raise ConfigError(
             'exports nothing; an export is a table such as [exports.vm] with image = "vm.qcow2"', file=path
         )
     _check_names(exports)
+    if nodes:
+        exports.sort(key=lambda export: bool(export.read_only))
     return Config(
-        exports,
+        tuple(exports),
         tuple(_listen(address, directory, path) for address in listen),
         tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
         _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory),
@@ -222,15 +250,28 @@ def _listen(address: str, directory: str, file: str) -> str:
         raise ConfigError(error.message, file=file, key="listen") from error
 
 
-def _exports(tables: Mapping[str, object], file: str) -> Iterable[ExportConfig]:
+def _nodes(tables: Mapping[str, object], file: str) -> Mapping[str, NodeConfig]:
+    nodes = {}
+    for name, values in tables.items():
+        where = Where(file, f"nodes.{_toml_key(name)}")
+        table = _Table(values, where, ("layers",))
+        if table.get("layers") is None:
+            table.refuse("layers", "missing: a node is a list of layers")
+        nodes[name] = NodeConfig(_as_list(table.get("layers"), where, "layers", "a list of layers"), where)
+    for node in nodes.values():
+        _Stacks(os.path.dirname(file), nodes, {}).build(node.layers, node.where)
+    return nodes
+
+
+def _exports(tables: Mapping[str, object], file: str, nodes: Mapping[str, NodeConfig]) -> Iterable[ExportConfig]:
     for name, values in tables.items():
         where = Where(file, f"exports.{_toml_key(name)}")
         _check_string(name, where, "the export's name")
         keys = ("image", "format", "layers", "read_only", "description", "default")
-        yield _export(name, _Table(values, where, keys), os.path.dirname(file))
+        yield _export(name, _Table(values, where, keys), os.path.dirname(file), nodes)
 
 
-def _export(name: str, table: _Table, directory: str) -> ExportConfig:
+def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeConfig]) -> ExportConfig:
     image, format = table.text("image"), table.text("format")
     layers = table.get("layers")
     if (image is None) == (layers is None):
@@ -249,6 +290,7 @@ def _export(name: str, table: _Table, directory: str) -> ExportConfig:
         description,
         bool(table.flag("default")) and name != "",
         table.where,
+        nodes,
     )
     _check_buildable(export)
     return export
@@ -290,13 +332,18 @@ def _check_names(exports: Sequence[ExportConfig]) -> None:
 
 
 class _Stacks:
-    """Builds stacks, as the module's text defines them; paths in them are relative to ``directory``."""
+    """Builds stacks, as the module's text defines them; paths in them are relative to ``directory``.
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    Of ``nodes``, those that are not in ``built`` yet are entered there when they are first named.
+    """
+
+    def __init__(self, directory: str, nodes: Mapping[str, NodeConfig], built: dict[str, Layer]) -> None:
+        self._directory, self._nodes, self._built = directory, nodes, built
+        #: The nodes that are being built, each of them for the one before it.
+        self._path: list[str] = []
 
     def build(self, layers: Sequence[object], where: Where) -> Layer:
-        """The top layer of an export's ``layers``. Raises ConfigError."""
+        """The top layer of an export's or a node's ``layers``. Raises ConfigError."""
         return self._stack(layers, Where(where.file, f"{where.table}.layers"), 1)
 
     def _stack(self, layers: object, where: Where, depth: int) -> Layer:
@@ -323,6 +370,8 @@ class _Stacks:
     def _layer(self, item: object, below: Sequence[Layer], where: Where, depth: int) -> Layer:
         """One layer, standing on ``below``."""
         keys = dict(_as_table(item, where))
+        if "node" in keys:
+            return self._node(keys, below, where, depth)
         kind = keys.pop("type", None)
         if not isinstance(kind, str):
             found = "missing" if kind is None else f"found {_shown(kind)}"
@@ -339,6 +388,27 @@ class _Stacks:
             values[name] = self._value(name, value, roles, where, depth)
         _adopt(kind, values, roles, below, where)
         return registry.build(kind, values, where)
+
+    def _node(self, keys: Mapping[str, object], below: Sequence[Layer], where: Where, depth: int) -> Layer:
+        """The top layer of the node that is named, the same whenever it is."""
+        name = keys["node"]
+        if len(keys) > 1:
+            _refuse(where, "node", "stands alone: the node's layers have their keys in its own table")
+        if not isinstance(name, str) or name not in self._nodes:
+            _refuse(where, "node", f"found {_shown(name)}; {_known_nodes(name, self._nodes)}")
+        if below:
+            _refuse(where, "node", f"the node {_shown(name)} has all its layers, but others follow it; it comes last")
+        if name in self._path:
+            circle = " -> ".join((*self._path[self._path.index(name) :], name))
+            _refuse(where, "node", f"closes a circle: {circle}")
+        if name not in self._built:
+            node = self._nodes[name]
+            self._path.append(name)
+            self._built[name] = self._stack(
+                node.layers, Where(node.where.file, f"{node.where.table}.layers"), depth + 1
+            )
+            self._path.pop()
+        return self._built[name]
 
     def _value(self, key: str, value: object, roles: Mapping[str, bool], where: Where, depth: int) -> object:
         """What the registry takes for the key: layers for children, paths from where we are."""
@@ -377,6 +447,13 @@ def _adopt(kind: str, values: dict[str, Any], roles: Mapping[str, bool], below: 
         )
 
 
+def _known_nodes(name: object, nodes: Mapping[str, NodeConfig]) -> str:
+    """Which nodes there are, and which of them may have been meant."""
+    close = difflib.get_close_matches(str(name), nodes, 1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}There are: {', '.join(nodes) or 'none; a node is a table such as [nodes.disk]'}"
+
+
 def _roles(cls: type[Layer]) -> dict[str, bool]:
     """The keys of a layer that hold children, in order, and whether they hold a list of them."""
     hints = typing.get_type_hints(cls)
@@ -384,7 +461,7 @@ def _roles(cls: type[Layer]) -> dict[str, bool]:
     for field in dataclasses.fields(cls):
         choices = {hints[field.name], *typing.get_args(hints[field.name])}  # Layer | None is a choice of two.
         if field.init and choices & {Layer, list[Layer]}:
-            found[field.name.replace("_", "-")] = list[Layer] in choices
+            found[registry.key_of(field)] = list[Layer] in choices
     return found
 
 

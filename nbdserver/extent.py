@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
 
@@ -41,6 +42,49 @@ class Special(Enum):
 
 ZERO: Final = Special.ZERO
 CODE: Final = Special.CODE
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to bytes between a layer and the place its extent aims at; the engine runs it.
+
+    ``cipher``: "aes-xts-plain64". ``key``: both halves. Positions are the layer's own offsets, ``sector_size`` bytes a
+    sector; extents that carry a transform begin and end at sectors.
+    """
+
+    cipher: str
+    key: bytes = field(repr=False)
+    sector_size: int = 512
+
+
+class Limit(NamedTuple):
+    """A leaky bucket: units a second on average (0: no limit), and in a burst of ``length`` seconds (0: no burst)."""
+
+    average: float = 0.0
+    max: float = 0.0
+    length: float = 1.0
+
+
+class MeterLimits(NamedTuple):
+    """What a meter holds requests to: bytes and requests a second, in all, of reads, of writes (QEMU's throttle groups).
+
+    A request of more than ``iops_size`` bytes counts as several (0: never).
+    """
+
+    bps_total: Limit = Limit()
+    bps_read: Limit = Limit()
+    bps_write: Limit = Limit()
+    iops_total: Limit = Limit()
+    iops_read: Limit = Limit()
+    iops_write: Limit = Limit()
+    iops_size: int = 0
+
+
+class Meter(Protocol):
+    """What requests must wait for before they go on (a throttle). Made by `layer.Opener.meter`; thread-safe."""
+
+    def charge(self, length: int, write: bool) -> None:
+        """Account for a request of ``length`` bytes, having waited until it may run. Blocks."""
 
 
 class OpenFile(Protocol):
@@ -106,19 +150,21 @@ class Extent(NamedTuple):
     """``length`` bytes of a layer live at ``offset`` of ``target``.
 
     ``writable``: they may be overwritten there in place, with no metadata change. Meaningless (False) for ZERO
-    and CODE. ``offset`` is 0 for ZERO and CODE.
+    and CODE. ``offset`` is 0 for ZERO and CODE. ``through``: what happens to requests on the way there; whoever sets
+    a transform is called (as for CODE) for what cannot be had through it.
     """
 
     length: int
     target: Layer | OpenFile | Special
     offset: int = 0
     writable: bool = False
+    through: Transform | Meter | None = None
 
     def cut(self, start: int, length: int) -> Extent:
         """The sub-range of ``length`` bytes that begins ``start`` bytes into this extent."""
         if isinstance(self.target, Special):
-            return Extent(length, self.target)
-        return Extent(length, self.target, self.offset + start, self.writable)
+            return Extent(length, self.target, through=self.through)
+        return Extent(length, self.target, self.offset + start, self.writable, self.through)
 
 
 class ExtentLawError(AssertionError):

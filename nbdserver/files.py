@@ -28,7 +28,7 @@ from typing import Final
 
 from nbdserver import registry
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import OpenFile
+from nbdserver.extent import Meter, MeterLimits, OpenFile
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, STATUS_COUNT_MAX
@@ -411,6 +411,13 @@ def _both_uses(known: _Open, read_only: bool) -> str:
     return f"is wanted for {wanted} but already open here for {here} as {known.path!r}; a writer must be alone"
 
 
+class _Unmetered:
+    """A meter that never waits."""
+
+    def charge(self, length: int, write: bool) -> None:
+        pass
+
+
 # -- what a layer sees ---------------------------------------------------------------------------------------------
 
 
@@ -429,11 +436,13 @@ class FileOpener:
         roots: Sequence[str | os.PathLike[str]] = (),
         read_only: bool = False,
         allocate: Callable[[int], Vector] = Vector.of,
+        meter: Callable[[MeterLimits], Meter] | None = None,
     ) -> None:
         self._graph, self._files = graph, files
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self.read_only = read_only
         self._allocate = allocate
+        self._meter = meter
         sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_COUNT_MAX))
         #: The images on the way from the configured one to the one that this opener opens.
         self._chain: tuple[Identity, ...] = ()
@@ -449,6 +458,9 @@ class FileOpener:
 
     def allocate(self, length: int) -> Vector:
         return self._allocate(length)
+
+    def meter(self, limits: MeterLimits) -> Meter:
+        return self._meter(limits) if self._meter is not None else _Unmetered()
 
     def image(self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True) -> Layer:
         source = named_by.filename
@@ -474,7 +486,9 @@ class FileOpener:
                     _all_within(shared, roots, source)  # whoever opened it first may have had wider roots
                     if self._graph.share(shared):
                         return shared
-            opener = FileOpener(self._graph, self._files, read_only=read_only, allocate=self._allocate)
+            opener = FileOpener(
+                self._graph, self._files, read_only=read_only, allocate=self._allocate, meter=self._meter
+            )
             opener._roots, opener._chain = roots, (*chain, identity)
             layer = registry.image(path, format)
             self._graph.open(layer, opener)

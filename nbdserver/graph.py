@@ -14,10 +14,11 @@ import contextlib
 import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, ZERO, Extent, Intent, OpenFile, Special, clip, lawful
+from nbdserver.extent import CODE, ZERO, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DEPTH_MAX
 from nbdserver.request import Flag, Operation, Request, Vector
@@ -25,13 +26,20 @@ from nbdserver.request import Flag, Operation, Request, Vector
 
 class Leaf(NamedTuple):
     """The end of a page walk. ``target`` is an open file, ZERO, or CODE; for CODE, ``layer`` is the one to call
-    and ``offset`` lies in it."""
+    and ``offset`` lies in it.
+
+    ``transform`` and ``meters`` were gathered on the way, top to bottom; ``position`` is where the leaf begins in the
+    layer that set the transform.
+    """
 
     length: int
     target: OpenFile | Special
     offset: int
     writable: bool
     layer: Layer | None
+    transform: Transform | None = None
+    position: int = 0
+    meters: tuple[Meter, ...] = ()
 
 
 INTENTS = {
@@ -42,40 +50,68 @@ INTENTS = {
 }
 
 
-def flatten(layer: Layer, offset: int, length: int, intent: Intent) -> Iterator[Leaf]:
+@dataclass(slots=True)
+class _Level:
+    """One layer of a page walk under way."""
+
+    owner: Layer
+    extents: Iterator[Extent]
+    here: int
+    writable: bool
+    meters: tuple[Meter, ...] = ()
+    #: The transform set above, by which layer, and where in that the walk is.
+    transform: Transform | None = None
+    top: Layer | None = None
+    lifted: int = 0
+
+
+def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transforms: bool = True) -> Iterator[Leaf]:
     """Walk ``length`` bytes from ``offset`` of ``layer`` down to leaves; goes on past ``length`` as far as the
     layers' own answers do, but only within what was asked of every child.
 
-    Writability is the conjunction along the path. Raises ImageError when the walk is deeper than DEPTH_MAX, and
+    Writability is the conjunction along the path. What lies under a transform and is not in a file is CODE of the layer
+    that set it (zeroes, too, are data there), and so is a second transform, and whatever is to be zeroed; without
+    ``transforms``, everything under one. Raises ImageError when the walk is deeper than DEPTH_MAX, and
     ExtentLawError for a layer that breaks the law.
     """
     # An explicit stack of generators, so that a chain of a thousand images needs no recursion.
-    # Each level: (its extents, whether all above it were writable, bytes of it still wanted by its parent).
-    stack: list[tuple[Layer, Iterator[Extent], bool]] = [(layer, _answers(layer, offset, length, intent), True)]
-    position: list[int] = [offset]
+    stack = [_Level(layer, _answers(layer, offset, length, intent), offset, True)]
     while stack:
-        owner, extents, writable = stack[-1]
-        extent = next(extents, None)
+        level = stack[-1]
+        extent = next(level.extents, None)
         if extent is None:
             stack.pop()
-            position.pop()
             continue
-        here = position[-1]
-        position[-1] += extent.length
+        here, lifted = level.here, level.lifted
+        level.here += extent.length
+        level.lifted += extent.length
+        transform, top, meters = level.transform, level.top, level.meters
+        mapped = extent.target is not CODE and (extent.target is not ZERO or top is None)
+        through = extent.through
+        if isinstance(through, Transform):
+            mapped = mapped and transforms and top is None and intent is not Intent.ZERO
+            if top is None:
+                transform, top, lifted = through, level.owner, here
+        elif through is not None:
+            meters = (*meters, through)
         target = extent.target
-        if target is CODE:
-            yield Leaf(extent.length, CODE, here, False, owner)
-        elif target is ZERO:
-            yield Leaf(extent.length, ZERO, 0, False, None)
+        if not mapped:
+            code, at = (level.owner, here) if top is None else (top, lifted)
+            yield Leaf(extent.length, CODE, at, False, code, meters=meters)
         elif isinstance(target, Layer):
             if len(stack) >= DEPTH_MAX:
                 raise ImageError(f"layers nest deeper than {DEPTH_MAX}", path=layer.filename)
             child = target.layer if isinstance(target, Child) else target
             below = clip(_answers(child, extent.offset, extent.length, intent), extent.length)
-            stack.append((child, below, writable and extent.writable))
-            position.append(extent.offset)
+            writable = level.writable and extent.writable
+            stack.append(_Level(child, below, extent.offset, writable, meters, transform, top, lifted))
+        elif target is ZERO:
+            yield Leaf(extent.length, ZERO, 0, False, None, meters=meters)
         else:
-            yield Leaf(extent.length, target, extent.offset, writable and extent.writable, None)
+            assert not isinstance(target, Special)
+            writable = level.writable and extent.writable
+            position = lifted if transform is not None else 0
+            yield Leaf(extent.length, target, extent.offset, writable, None, transform, position, meters)
 
 
 def _answers(layer: Layer, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
@@ -107,7 +143,7 @@ def execute(layer: Layer, request: Request) -> None:
     while done < request.length:
         seen = layer.changes
         left = request.length - done
-        for leaf in flatten(layer, request.offset + done, left, intent):
+        for leaf in flatten(layer, request.offset + done, left, intent, transforms=False):
             part = request.slice(done, min(leaf.length, request.length - done))
             if not _run(layer, leaf, part, seen):
                 break
@@ -121,6 +157,8 @@ def execute(layer: Layer, request: Request) -> None:
 def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
     """Do one leaf's part; False, with nothing done, if the mapping may have changed since ``seen``."""
     operation = part.operation
+    for meter in leaf.meters:
+        meter.charge(part.length, operation is not Operation.READ)
     if leaf.target is CODE:
         assert leaf.layer is not None
         moved = part.moved(leaf.offset)

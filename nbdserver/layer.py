@@ -20,12 +20,14 @@ Subclasses are written ``@dataclass(eq=False)``: a layer is itself, not its sett
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Iterable, Iterator
-from typing import ClassVar, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import ClassVar, ParamSpec, Protocol
 
-from nbdserver.errors import RequestError
-from nbdserver.extent import CODE, Extent, Intent, OpenFile, Special
+from nbdserver.errors import ImageError, RequestError
+from nbdserver.extent import CODE, Extent, Intent, Meter, MeterLimits, OpenFile, Special
 from nbdserver.request import Flag, Request, Vector
+
+Parameters = ParamSpec("Parameters")
 
 #: Zeroes are written out in pieces of this size where a layer has no better way.
 ZERO_CHUNK = 1 << 20
@@ -34,6 +36,10 @@ ZERO_CHUNK = 1 << 20
 BASE_ALLOCATION = "base:allocation"
 STATE_HOLE = 1
 STATE_ZERO = 2
+
+#: QEMU's meta context (docs/interop/nbd.txt, "qemu:allocation-depth"): which image of a chain holds a range, from 1
+#: for the topmost; 0: none does.
+ALLOCATION_DEPTH = "qemu:allocation-depth"
 
 
 class Opener(Protocol):
@@ -59,6 +65,9 @@ class Opener(Protocol):
         allowed roots, names a remote protocol, closes a loop, or makes the chain too deep. ``format`` None
         means: probe (read-only images only).
         """
+
+    def meter(self, limits: MeterLimits) -> Meter:
+        """A meter, for extents to go through. The reference executor's never waits."""
 
     def allocate(self, length: int) -> Vector:
         """Memory for a bounced request: from the registered pool while that has room, else ordinary memory."""
@@ -223,7 +232,8 @@ class Layer:
         """(length, flags) runs for a meta context, in order from ``offset``, at least covering ``length`` bytes
         or stopping early after at least one. For BASE_ALLOCATION: STATE_HOLE | STATE_ZERO.
 
-        The default follows ``resolve``: ZERO is a hole of zeroes, CODE is data, a child or file says itself.
+        The default follows ``resolve``: ZERO is a hole of zeroes, CODE is data, a child or file says itself. For
+        ALLOCATION_DEPTH, all that is no child's is this layer's own: 1.
         """
         end = offset + length
         for extent in self.resolve(offset, length, Intent.READ):
@@ -238,6 +248,8 @@ class Layer:
                     left -= run
                 if left:
                     return
+            elif context == ALLOCATION_DEPTH:
+                yield take, 1
             elif isinstance(extent.target, Special):
                 yield take, 0 if extent.target is CODE else STATE_HOLE | STATE_ZERO
             else:
@@ -260,6 +272,21 @@ class Layer:
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: Flag = Flag.NONE) -> None:
         """Write bytes to a *child*."""
         finish(self.write(Request.write(offset, Vector.of(data), flags)))
+
+
+def attempt(
+    method: Callable[Parameters, Awaitable[None] | None], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> RequestError | None:
+    """Call a child's method and tell how it failed, or None: for layers with several children, which go on."""
+    try:
+        finish(method(*args, **kwargs))
+    except RequestError as error:
+        return error
+    except OSError as error:
+        return RequestError.of(error)
+    except ImageError as error:
+        return RequestError(5, str(error))  # 5: EIO
+    return None
 
 
 def finish(result: Awaitable[None] | None) -> None:

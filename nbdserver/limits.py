@@ -38,6 +38,10 @@ FRAMES_COUNT_MAX: Final = 32 * DEPTH_MAX
 #: The default size of the buffer pool: 2 requests of PAYLOAD_MAX each way at once, and hundreds of usual ones.
 POOL_DEFAULT: Final = 128 * MIB
 
+#: A layer that bounces a request (a copy to compare with) does so in pieces of this. Each fault thread may hold a few
+#: such pieces, which the pool's reserve has room for; longer ones are hardly faster.
+BOUNCE_MAX: Final = MIB
+
 #: Python threads that serve faults. Each may block in file I/O; Python itself runs on one at a time.
 FAULT_THREADS: Final = 8
 

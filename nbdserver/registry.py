@@ -100,21 +100,27 @@ def build(type: str, keys: Mapping[str, object], where: Where = NOWHERE) -> Laye
         cls = layer_type(type)
     except ConfigError as error:
         raise ConfigError(error.message, file=where.file, table=where.table) from error
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {key_of(field): field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in keys.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            _refuse(where, key, f"the layer {type!r} has no such key; {_suggest(key, [_hyphens(f) for f in fields])}")
+        field = fields.get(_hyphens(key))
+        if field is None:
+            _refuse(where, key, f"the layer {type!r} has no such key; {_suggest(key, list(fields))}")
         try:
-            values[name] = convert(value, hints[name])
+            values[field.name] = convert(value, hints[field.name])
         except _Unfit as unfit:
             _refuse(where, key, f"found {value!r}, allowed is {unfit}")
-    for name, field in fields.items():
-        if name not in values and _required(field):
-            _refuse(where, _hyphens(name), f"missing: the layer {type!r} needs {_allowed(hints[name])}")
+    for key, field in fields.items():
+        if field.name not in values and _required(field):
+            _refuse(where, key, f"missing: the layer {type!r} needs {_allowed(hints[field.name])}")
     return cls(**values)
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """What a layer's field is called in configuration. A name that Python or `Layer` needs for something else has an
+    underscore after it in the class (PEP 8), which is no part of the key: ``children_`` is ``children``."""
+    return _hyphens(field.name.removesuffix("_"))
 
 
 def image(path: str, format: str) -> Layer:

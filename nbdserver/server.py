@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from nbdserver import _engine
 from nbdserver.errors import ConfigError, NbdserverError, RequestError
-from nbdserver.extent import ZERO, Intent
+from nbdserver.extent import CODE, ZERO, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, Leaf, execute, flatten
 from nbdserver.handshake import Begin, End, ExportInfo, Handshake
@@ -58,21 +58,45 @@ FILLS_MAX: Final = 8
 
 _log = logging.getLogger("nbdserver")
 
-EngineLeaf = tuple[int, "_engine.File | int", int, bool]
+EngineLeaf = tuple[int, "_engine.File | int", int, bool, int, int, int]
 
 
-def _engine_leaf(leaf: Leaf) -> EngineLeaf:
-    """A leaf as the engine takes it; what lies in a file that is not the engine's is called through Python."""
-    if isinstance(leaf.target, _engine.File):
-        return (leaf.length, leaf.target, leaf.offset, leaf.writable)
-    return (leaf.length, ENGINE_ZERO if leaf.target is ZERO else ENGINE_CODE, 0, False)
+class Effects:
+    """What extents go through, as numbers of the engine's."""
+
+    def __init__(self, engine: _engine.Engine) -> None:
+        self._engine = engine
+        self._transforms: dict[Transform, int] = {}
+
+    def leaf(self, leaf: Leaf) -> EngineLeaf:
+        """A leaf as the engine takes it; what it cannot do itself is called through Python."""
+        meters = [meter for meter in leaf.meters if isinstance(meter, _engine.Meter)]
+        if len(meters) < len(leaf.meters) or leaf.target is CODE:
+            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0)
+        metered = self._engine.meters(meters) if meters else 0
+        if leaf.target is ZERO:
+            return (leaf.length, ENGINE_ZERO, 0, False, 0, 0, metered)
+        if not isinstance(leaf.target, _engine.File):
+            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0)
+        transform = self._number(leaf.transform) if leaf.transform is not None else 0
+        return (leaf.length, leaf.target, leaf.offset, leaf.writable, transform, leaf.position, metered)
+
+    def _number(self, transform: Transform) -> int:
+        number = self._transforms.get(transform)
+        if number is None:
+            number = self._engine.add_transform(transform.cipher, transform.key, transform.sector_size)
+            self._transforms[transform] = number
+        return number
 
 
 class Export:
     """One export: a layer graph, and the engine's cache of where its bytes live."""
 
-    def __init__(self, name: str, root: Layer, info: ExportInfo, engine_export: _engine.Export) -> None:
+    def __init__(
+        self, name: str, root: Layer, info: ExportInfo, engine_export: _engine.Export, effects: Effects
+    ) -> None:
         self.name, self.root, self.info, self.engine_export = name, root, info, engine_export
+        self._effects = effects
 
     @contextlib.contextmanager
     def drained(self, timeout: float = DRAIN_TIMEOUT) -> Iterator[None]:
@@ -100,11 +124,13 @@ class Export:
                     self.engine_export.fill(fault.sequence, offset, self._extents(offset, length))
                     wanted = fault.again()
                 case "write":
-                    if fills < FILLS_MAX and self._make_writable(fault, offset, length):
+                    if not fault.mapped and fills < FILLS_MAX and self._make_writable(fault, offset, length):
                         fills += 1
                         wanted = fault.again()
                     else:
-                        wanted = fault.done(self._write(fault, offset, length))
+                        count = length if fault.mapped else self._unwritable(offset, length)
+                        execute(self.root, Request.write(offset, _vector(fault, offset, count)))
+                        wanted = fault.done(count)
                 case "read":
                     execute(self.root, Request.read(offset, _vector(fault, offset, length)))
                     wanted = fault.done(length)
@@ -128,7 +154,7 @@ class Export:
         leaves: list[EngineLeaf] = []
         covered = ahead = 0
         for leaf in flatten(self.root, offset, length, Intent.READ):
-            leaves.append(_engine_leaf(leaf))
+            leaves.append(self._effects.leaf(leaf))
             covered += leaf.length
             if covered >= length:
                 ahead += 1
@@ -143,7 +169,7 @@ class Export:
         for leaf in flatten(self.root, offset, length, Intent.WRITE):
             if not (leaf.writable and isinstance(leaf.target, _engine.File)):
                 break
-            leaves.append(_engine_leaf(leaf))
+            leaves.append(self._effects.leaf(leaf))
             covered += leaf.length
             if covered >= length:
                 ahead += 1
@@ -152,17 +178,16 @@ class Export:
         self.engine_export.fill(fault.sequence, offset, leaves)
         return bool(leaves)
 
-    def _write(self, fault: _engine.Fault, offset: int, length: int) -> int:
-        """Write the start of the range through its layers, up to where a place may be written as it is."""
+    def _unwritable(self, offset: int, length: int) -> int:
+        """How much of the range, from its start, has to go through the layers: up to a place that may be written as it
+        is, but not nothing."""
         count = 0
         for leaf in flatten(self.root, offset, length, Intent.WRITE):
             if count and leaf.writable and isinstance(leaf.target, _engine.File):
                 break
             count += leaf.length
             if count >= length:
-                count = length
-                break
-        execute(self.root, Request.write(offset, _vector(fault, offset, count)))
+                return length
         return count
 
     def status(self, context: str, offset: int, length: int, one: bool) -> list[tuple[int, int]]:
@@ -240,6 +265,7 @@ class Server:
             raise ConfigError(f"the engine cannot start: {error}") from error
         _raise_descriptor_limit()
         self._fault_threads_count = fault_threads
+        self._effects = Effects(self._engine)
         self._graph = Graph()
         self._files = Files(self._engine.open_file)
         self._lock = threading.Lock()
@@ -270,12 +296,19 @@ class Server:
         Raises ImageError, ConfigError; nothing is left open then.
         """
         self._check_free(name, default)
-        opener = FileOpener(self._graph, self._files, roots=self._roots, read_only=read_only, allocate=self._allocate)
+        opener = FileOpener(
+            self._graph,
+            self._files,
+            roots=self._roots,
+            read_only=read_only,
+            allocate=self._allocate,
+            meter=self._meter,
+        )
         self._graph.open(layer, opener)
         try:
             read_only = read_only or layer.read_only
             info = ExportInfo(name=name, description=description, size=layer.size, read_only=read_only)
-            export = Export(name, layer, info, self._engine.new_export(layer.size, read_only))
+            export = Export(name, layer, info, self._engine.new_export(layer.size, read_only), self._effects)
             self._graph.subscribe(layer, export.engine_export.changed)
             with self._lock:
                 self._check_free(name, default)
@@ -298,6 +331,10 @@ class Server:
 
     def _allocate(self, length: int) -> Vector:
         return Vector(Segment(slot, 0, len(slot)) for slot in self._engine.allocate(length))
+
+    def _meter(self, limits: MeterLimits) -> _engine.Meter:
+        *buckets, iops_size = limits
+        return self._engine.new_meter(buckets, iops_size)
 
     def _export_infos(self) -> Mapping[str, ExportInfo]:
         with self._lock:

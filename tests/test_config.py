@@ -262,8 +262,11 @@ ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, de
         ("", 'exports nothing; an export is a table such as [exports.vm] with image = "vm.qcow2"'),
         ("[exports]", 'exports nothing; an export is a table such as [exports.vm] with image = "vm.qcow2"'),
         ("exports = 5", "[exports]: found 5, allowed is a table"),
-        (f"[engin]\n{EXPORT}", "engin: unknown key; did you mean engine? Allowed are: listen, roots, engine, exports"),
-        (f"zzz = 1\n{EXPORT}", "zzz: unknown key; Allowed are: listen, roots, engine, exports"),
+        (
+            f"[engin]\n{EXPORT}",
+            "engin: unknown key; did you mean engine? Allowed are: listen, roots, engine, nodes, exports",
+        ),
+        (f"zzz = 1\n{EXPORT}", "zzz: unknown key; Allowed are: listen, roots, engine, nodes, exports"),
         # listen
         (f'listen = "nbd://h"\n{EXPORT}', 'listen: found "nbd://h", allowed is a list of strings'),
         (f"listen = [10809]\n{EXPORT}", "listen: found 10809 in the list, allowed is a list of strings"),
@@ -456,7 +459,7 @@ toml_values = st.recursive(
 )
 def test_any_export_is_understood_or_a_config_error(values: dict[str, object]) -> None:
     try:
-        list(config._exports({"x": values}, "exports.toml"))
+        list(config._exports({"x": values}, "exports.toml", {}))
     except ConfigError as error:
         assert str(error).startswith("exports.toml: ")  # noqa: PT017
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
-from nbdserver.layer import BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer
+from nbdserver.layer import ALLOCATION_DEPTH, BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer
 
 #: QEMU measures disks in sectors: a file that ends within one reaches to the sector's end.
 SECTOR = 512
@@ -31,6 +31,8 @@ def status(reader: Reader, context: str, offset: int, length: int, *, preallocat
             return
         if run.kind is Kind.UNALLOCATED:
             yield from _below(reader, context, start, stop)
+        elif context == ALLOCATION_DEPTH:
+            yield stop - start, 1
         elif run.kind is Kind.NORMAL and preallocated:
             yield from _in_file(reader, run, start, stop)
         else:
@@ -53,17 +55,21 @@ def has_preallocation(reader: Reader, refcounts: Refcounts, lock: threading.Lock
 
 
 def _below(reader: Reader, context: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    is_depth = context == ALLOCATION_DEPTH
     edge = min(reader.below_size, end)
     if reader.backing is not None and start < edge:
         flags = ABSENT
-        for length, flags in _exactly(reader.backing, start, edge - start, context):
+        for length, below in _exactly(reader.backing, start, edge - start, context):
+            flags = below + 1 if is_depth and below else below
             yield length, flags
         rest = min(-edge % SECTOR, end - edge)
         if rest:
             yield rest, flags
         start = edge + rest
     if start < end:
-        yield end - start, ABSENT
+        # QEMU counts the zeroes behind the end of a short backing file as that file's.
+        nowhere = 0 if reader.backing is None else 2
+        yield end - start, nowhere if is_depth else ABSENT
 
 
 def _in_file(reader: Reader, run: Run, start: int, end: int) -> Iterator[tuple[int, int]]:

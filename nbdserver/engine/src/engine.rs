@@ -14,11 +14,13 @@ use crate::extents::FileId;
 use crate::fault::Faults;
 use crate::file::File;
 use crate::handshake::Handshakes;
+use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::record::Recorder;
 use crate::ring::Ring;
 use crate::server::Acceptor;
 use crate::threads::Threads;
+use crate::transform::Transform;
 use crate::users::Users;
 use crate::worker::{Inbox, Latch, Message, Worker};
 
@@ -51,7 +53,46 @@ pub struct Files {
     next: AtomicU32,
 }
 
+/// Transforms and sets of meters by number, from 1 on: what extents name. They live as long as the engine.
+#[derive(Default)]
+pub struct Effects {
+    transforms: RwLock<Vec<Arc<Transform>>>,
+    meters: RwLock<Vec<Arc<[Arc<Meter>]>>>,
+}
+
+impl Effects {
+    pub fn transform(&self, number: u32) -> Option<Arc<Transform>> {
+        let index = number.checked_sub(1)? as usize;
+        self.transforms.read().unwrap().get(index).cloned()
+    }
+
+    pub fn meters(&self, number: u32) -> Option<Arc<[Arc<Meter>]>> {
+        let index = number.checked_sub(1)? as usize;
+        self.meters.read().unwrap().get(index).cloned()
+    }
+
+    pub fn add_transform(&self, transform: Transform) -> u32 {
+        let mut transforms = self.transforms.write().unwrap();
+        transforms.push(Arc::new(transform));
+        transforms.len() as u32
+    }
+
+    /// The number of a set of meters: the same for the same meters.
+    pub fn intern_meters(&self, set: &[Arc<Meter>]) -> u32 {
+        let same = |known: &Arc<[Arc<Meter>]>| {
+            known.len() == set.len() && known.iter().zip(set).all(|(a, b)| Arc::ptr_eq(a, b))
+        };
+        let mut meters = self.meters.write().unwrap();
+        let index = meters.iter().position(same).unwrap_or_else(|| {
+            meters.push(set.into());
+            meters.len() - 1
+        });
+        index as u32 + 1
+    }
+}
+
 pub struct Engine {
+    pub effects: Effects,
     pub pool: Arc<Pool>,
     pub users: Arc<Users>,
     pub files: Files,
@@ -110,6 +151,7 @@ impl Engine {
         let inboxes: Result<Vec<_>, _> = (0..settings.workers).map(|_| Inbox::new()).collect();
         let inboxes = inboxes.map_err(|error| said("eventfd", &error))?;
         Ok(Arc::new(Engine {
+            effects: Effects::default(),
             pool,
             users: Users::new(settings.workers + OTHER_SHARDS),
             files: Files::default(),

@@ -157,6 +157,11 @@ impl Export {
         Some(Running(self.clone()))
     }
 
+    /// Whether a drained section waits for running requests, or has begun.
+    pub fn is_draining(&self) -> bool {
+        self.closed.load(SeqCst)
+    }
+
     /// Have `inbox` woken when the gate opens. False: it is open already.
     pub fn park(&self, inbox: &Arc<Inbox>) -> bool {
         let mut gate = self.gate.lock().unwrap();

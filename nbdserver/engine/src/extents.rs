@@ -60,29 +60,66 @@ impl Target {
     }
 }
 
+/// What happens to requests on the way to a place, as numbers of the engine's tables; 0 is nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Through {
+    pub transform: u32,
+    /// Where the piece begins in the space that the transform counts in.
+    pub position: u64,
+    pub meters: u32,
+}
+
+impl Through {
+    /// The same, `distance` bytes further on; None past the end of the address space.
+    fn advanced(mut self, distance: u64) -> Option<Through> {
+        if self.transform != 0 {
+            self.position = self.position.checked_add(distance)?;
+        }
+        Some(self)
+    }
+}
+
 /// `length` bytes of the disk that live at `target`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Piece {
     pub length: u64,
     pub target: Target,
+    pub through: Through,
 }
 
 impl Piece {
     /// The part from `start` up to `end`, both counted from the piece's begin and within it.
     fn cut(&self, start: u64, end: u64) -> Piece {
-        let target = self
-            .target
-            .advanced(start)
-            .expect("a place was checked when it was entered");
+        let part = self.advanced(start);
+        let part = part.expect("a place was checked when it was entered");
         Piece {
             length: end - start,
-            target,
+            ..part
         }
     }
 
-    /// Whether what follows on the disk lives at `next` and just continues this piece.
-    fn continues_at(&self, next: Target) -> bool {
-        self.target.advanced(self.length) == Some(next)
+    /// A piece of this length that begins `distance` bytes further on, if there can be one.
+    fn advanced(&self, distance: u64) -> Option<Piece> {
+        Some(Piece {
+            length: self.length,
+            target: self.target.advanced(distance)?,
+            through: self.through.advanced(distance)?,
+        })
+    }
+
+    /// Whether `next`, which follows on the disk, just continues this piece.
+    fn continues_at(&self, next: &Piece) -> bool {
+        self.advanced(self.length).is_some_and(|expected| {
+            expected.target == next.target && expected.through == next.through
+        })
+    }
+
+    /// The same, with this permission to write.
+    fn with_writable(self, permission: bool) -> Piece {
+        Piece {
+            target: self.target.with_writable(permission),
+            ..self
+        }
     }
 }
 
@@ -166,7 +203,7 @@ impl Cache {
             let Some(next) = end.checked_add(piece.length) else {
                 break;
             };
-            if piece.target.advanced(piece.length).is_none() {
+            if piece.advanced(piece.length).is_none() {
                 break;
             }
             if piece.length > 0 {
@@ -244,7 +281,7 @@ impl Cache {
                 let end = (start + known.length).min(offset + piece.length);
                 let part = known.cut(begin - start, end - start);
                 let said = piece.cut(begin - offset, end - offset);
-                if part.target == said.target.with_writable(true) {
+                if part == said.with_writable(true) {
                     permitted.push((begin, part));
                 }
             }
@@ -257,16 +294,16 @@ impl Cache {
         self.remove(offset, end);
         if let Some((&start, left)) = self.entries.range(..offset).next_back()
             && start + left.length == offset
-            && left.continues_at(piece.target)
+            && left.continues_at(&piece)
         {
             piece = Piece {
                 length: left.length + piece.length,
-                target: left.target,
+                ..*left
             };
             offset = start;
         }
         if let Some(right) = self.entries.get(&end)
-            && piece.continues_at(right.target)
+            && piece.continues_at(right)
         {
             piece.length += right.length;
             self.entries.remove(&end);
@@ -331,12 +368,11 @@ fn append(out: &mut Vec<Piece>, first: usize, piece: Piece) {
         && let Some(last) = out.last_mut()
     {
         let permission = last.target.is_writable() && piece.target.is_writable();
-        let target = last.target.with_writable(permission);
-        let merged = Piece { target, ..*last };
-        if merged.continues_at(piece.target.with_writable(permission)) {
+        let merged = last.with_writable(permission);
+        if merged.continues_at(&piece.with_writable(permission)) {
             *last = Piece {
                 length: last.length + piece.length,
-                target,
+                ..merged
             };
             return;
         }
@@ -361,7 +397,33 @@ mod tests {
     }
 
     fn piece(length: u64, target: Target) -> Piece {
-        Piece { length, target }
+        Piece {
+            length,
+            target,
+            through: Through::default(),
+        }
+    }
+
+    #[test]
+    fn a_transform_counts_on_from_piece_to_piece() {
+        let through = |position| Through {
+            transform: 1,
+            position,
+            meters: 0,
+        };
+        let at = |offset, length, position| Piece {
+            through: through(position),
+            ..piece(length, place(offset, true))
+        };
+        let mut cache = Cache::new(10);
+        cache.fill(0, 0, &[at(512, 100, 7), at(612, 100, 107)]);
+        assert_eq!(cache.len(), 1);
+        assert_eq!(looked_up(&cache, 10, 20), (20, vec![at(522, 20, 17)]));
+        // The same place, but not the same position: not one entry.
+        cache.fill(0, 200, &[at(712, 100, 300)]);
+        assert_eq!(cache.len(), 2);
+        cache.changed(50, 10);
+        assert_eq!(looked_up(&cache, 60, 10), (10, vec![at(572, 10, 67)]));
     }
 
     fn looked_up(cache: &Cache, offset: u64, length: u64) -> (u64, Vec<Piece>) {
@@ -641,7 +703,7 @@ mod tests {
         for (&offset, piece) in &cache.entries {
             assert!(piece.length > 0 && offset >= end);
             if let Some(last) = last.filter(|_| offset == end) {
-                assert!(!last.continues_at(piece.target), "neighbours are merged");
+                assert!(!last.continues_at(piece), "neighbours are merged");
             }
             (end, last) = (offset + piece.length, Some(*piece));
         }

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -13,12 +14,15 @@ use crate::engine::Engine;
 use crate::export::{Place, count};
 use crate::extents::Target;
 use crate::request::{Body, Failure, Request};
-use crate::transfer::{Transfer, plan};
+use crate::transfer::{Transfer, charge, is_code, plan, run_all};
 use crate::wire::{command, flag};
 
 /// After so many fruitless resolutions (the mapping changes faster than it can be entered) the request is run
 /// through Python whole.
 const RESOLVES_MAX: u32 = 8;
+
+/// How long a fault thread sleeps for a meter before it looks again whether the export is being drained.
+const METER_PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// What Python is asked to do. Ranges lie in the export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,11 +37,13 @@ pub enum Step {
         offset: u64,
         length: u64,
     },
-    /// Make a prefix of the range writable, or write it.
+    /// Make a prefix of the range writable, or write it; `mapped`: it is writable, and is to be written by its layer all the
+    /// same.
     Write {
         offset: u64,
         length: u64,
         sequence: u64,
+        mapped: bool,
     },
     Zero {
         offset: u64,
@@ -162,7 +168,7 @@ impl Fault {
                 }));
             }
             let first = places[0].piece;
-            if first.target == Target::Code {
+            if is_code(&self.engine, &first, self.done as usize) {
                 return Ok(Some(Step::Read {
                     offset,
                     length: first.length,
@@ -180,11 +186,23 @@ impl Fault {
             if length == 0 {
                 return Ok(None);
             }
-            if covered == 0 {
+            let mapped = covered > 0;
+            if !mapped {
                 return Ok(Some(Step::Write {
                     offset,
                     length,
                     sequence,
+                    mapped,
+                }));
+            }
+            let first = places[0].piece;
+            if is_code(&self.engine, &first, self.done as usize) {
+                let length = first.length;
+                return Ok(Some(Step::Write {
+                    offset,
+                    length,
+                    sequence,
+                    mapped,
                 }));
             }
             self.transfer(places, true)?;
@@ -199,10 +217,16 @@ impl Fault {
             .request
             .as_mut()
             .expect("a fault that has not been answered");
-        let planned = plan(request, &self.engine.files, start, places, &mut transfers)?;
-        for transfer in &transfers {
-            transfer.run(request, write)?;
+        let mut charged = 0;
+        let pieces = || places.iter().map(|place| &place.piece);
+        while let Err(wait) = charge(&self.engine, pieces(), write, &mut charged) {
+            if request.export.is_draining() {
+                break; // a throttle lets go
+            }
+            std::thread::sleep(wait.min(METER_PAUSE_MAX));
         }
+        let planned = plan(request, &self.engine, start, places, &mut transfers)?;
+        run_all(request, &transfers, write)?;
         self.advanced(planned as u64);
         Ok(())
     }

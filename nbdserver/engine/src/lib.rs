@@ -7,6 +7,7 @@ mod extents;
 mod fault;
 mod file;
 mod handshake;
+mod meter;
 mod points;
 mod pool;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod ring;
 mod server;
 mod threads;
 mod transfer;
+mod transform;
 mod users;
 mod vector;
 mod wire;
@@ -36,7 +38,7 @@ use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice};
 use rustix::io::Errno;
 
 use crate::engine::{Backend, Settings};
-use crate::extents::{Piece, Target};
+use crate::extents::{Piece, Target, Through};
 use crate::fault::Step;
 use crate::handshake::{Action, Said};
 use crate::request::Failure;
@@ -343,12 +345,13 @@ impl DirtyLog {
     }
 }
 
-/// Extents as Python says them: (length, target, offset, writable), the target a file of the engine's, 0 for ZERO or
-/// 1 for CODE.
+/// Extents as Python says them: (length, target, offset, writable, transform, position, meters), the target a file of the
+/// engine's, 0 for ZERO or 1 for CODE; transform and meters are numbers of `Engine.add_transform` and `Engine.meters`.
 fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
+    type Leaf<'py> = (u64, Bound<'py, PyAny>, u64, bool, u32, u64, u32);
     let mut pieces = Vec::new();
     for leaf in leaves.try_iter()? {
-        let (length, target, offset, writable): (u64, Bound<'_, PyAny>, u64, bool) =
+        let (length, target, offset, writable, transform, position, meters): Leaf<'_> =
             leaf?.extract()?;
         let target = if let Ok(file) = target.cast::<File>() {
             Target::File {
@@ -363,9 +366,35 @@ fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
                 other => return Err(PyValueError::new_err(format!("target {other}"))),
             }
         };
-        pieces.push(Piece { length, target });
+        let through = Through {
+            transform,
+            position,
+            meters,
+        };
+        pieces.push(Piece {
+            length,
+            target,
+            through,
+        });
     }
     Ok(pieces)
+}
+
+/// A throttle: `nbdserver.extent.Meter`.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Meter {
+    meter: Arc<meter::Meter>,
+}
+
+#[pymethods]
+impl Meter {
+    fn charge(&self, py: Python<'_>, length: u64, write: bool) {
+        py.detach(|| {
+            while let Err(wait) = self.meter.take(length, write) {
+                std::thread::sleep(wait);
+            }
+        });
+    }
 }
 
 #[pymethods]
@@ -488,6 +517,12 @@ impl Fault {
             | Step::Status { offset, length } => (offset, length),
             Step::Flush => (0, 0),
         }
+    }
+
+    /// Whether what is to be written is mapped and writable, and must go through its layer all the same.
+    #[getter]
+    fn mapped(&self) -> bool {
+        matches!(self.fault.step, Step::Write { mapped: true, .. })
     }
 
     #[getter]
@@ -708,6 +743,31 @@ impl Engine {
         self.engine.pool.size()
     }
 
+    /// The number of a new transform, for extents.
+    fn add_transform(&self, cipher: &str, key: &[u8], sector_size: usize) -> PyResult<u32> {
+        let transform = transform::Transform::new(cipher, key, sector_size)
+            .ok_or_else(|| PyValueError::new_err(format!("no transform {cipher:?}")))?;
+        Ok(self.engine.effects.add_transform(transform))
+    }
+
+    /// A meter of six (average, max, length) limits: bps total, read, write; iops total, read, write.
+    fn new_meter(&self, limits: [(f64, f64, f64); 6], iops_size: u64) -> Meter {
+        let limits = limits.map(|(average, max, length)| meter::Limit {
+            average,
+            max,
+            length,
+        });
+        Meter {
+            meter: Arc::new(meter::Meter::new(limits, iops_size)),
+        }
+    }
+
+    /// The number of a set of meters, for extents.
+    fn meters(&self, set: Vec<Bound<'_, Meter>>) -> u32 {
+        let set: Vec<_> = set.iter().map(|meter| meter.get().meter.clone()).collect();
+        self.engine.effects.intern_meters(&set)
+    }
+
     fn open_file(&self, fd: RawFd, name: String, read_only: bool) -> PyResult<File> {
         let file = self
             .engine
@@ -804,6 +864,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
     module.add_class::<File>()?;
     module.add_class::<Use>()?;
+    module.add_class::<Meter>()?;
     module.add_class::<Export>()?;
     module.add_class::<DirtyLog>()?;
     module.add_class::<Fault>()?;

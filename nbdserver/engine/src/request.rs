@@ -26,6 +26,8 @@ pub struct Request {
     pub session: Arc<Session>,
     /// Ranges of a read that are known to be zeroes, as (start, length); their memory is not filled.
     pub holes: Vec<(usize, usize)>,
+    /// Meters charged so far, of those on its way.
+    pub charged: u32,
     /// Drained sections wait for it to be dropped.
     pub _running: Running,
 }

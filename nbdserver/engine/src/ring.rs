@@ -13,7 +13,7 @@ use crate::file::{Counters, File};
 use crate::pool::Pool;
 use crate::record::Token;
 use crate::request::{Body, Reply, Request};
-use crate::transfer::Transfer;
+use crate::transfer::{Transfer, finish_read};
 use crate::wire::command;
 
 /// Submission entries: more wait in `queued`.
@@ -91,7 +91,7 @@ impl Ring {
         self.flights.len() == self.free.len()
     }
 
-    /// Start the transfers of a read or write. There is at least one.
+    /// Start the transfers of a read or write (which has been prepared). There is at least one.
     pub fn start(&mut self, request: Request, transfers: Vec<Transfer>) {
         let write = request.header.command == command::WRITE;
         let parts: Vec<Part> = transfers
@@ -252,16 +252,22 @@ impl Flight {
             error,
             ..
         } = self;
-        drop(parts); // the places are no longer in use
-        match error {
-            Some(errno) => request.reply(Err(errno.into())),
-            None if write => {
+        let transfers: Vec<Transfer> = parts.into_iter().map(|part| part.transfer).collect();
+        let result = match error {
+            Some(errno) => Err(errno),
+            None if write => Ok(()),
+            None => finish_read(&request, &transfers),
+        };
+        drop(transfers); // the places are no longer in use
+        match result {
+            Err(errno) => request.reply(Err(errno.into())),
+            Ok(()) if write => {
                 request
                     .export
                     .written(request.header.offset, request.header.length);
                 request.reply(Ok(Body::None))
             }
-            None => request.reply_read(),
+            Ok(()) => request.reply_read(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 use crate::request::{Body, Request};
-use crate::transfer::Transfer;
+use crate::transfer::{Transfer, run_all};
 use crate::wire::command;
 
 /// Threads of the pool: as deep a queue as most devices want, bounded because each costs a stack.
@@ -93,9 +93,7 @@ impl Shared {
 /// Carry out all transfers of a read or write, blocking, and answer it.
 fn run(request: Request, transfers: Vec<Transfer>) {
     let write = request.header.command == command::WRITE;
-    let result = transfers
-        .iter()
-        .try_for_each(|transfer| transfer.run(&request, write));
+    let result = run_all(&request, &transfers, write);
     drop(transfers);
     match result {
         Err(errno) => request.finish(Err(errno.into())),

@@ -5,14 +5,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::engine::Files;
+use crate::engine::Engine;
 use crate::export::Place;
-use crate::extents::Target;
+use crate::extents::{Piece, Target, Through};
 use crate::file::File;
 use crate::request::Request;
+use crate::transform::Transform;
 use crate::users::Use;
 
 /// Holes shorter than this are sent as zeroes: a chunk of their own would cost more.
@@ -21,9 +23,18 @@ const HOLE_MIN: usize = 4096;
 /// `range` of a request's memory to or from `offset` of `file`, whose place is in use as long as this lives.
 pub struct Transfer {
     pub file: Arc<File>,
+    /// What is left to do.
     pub offset: u64,
     pub range: Range<usize>,
-    pub _usage: Option<Use>,
+    crypt: Option<Crypt>,
+    _usage: Option<Use>,
+}
+
+/// A transform of the whole of a transfer.
+struct Crypt {
+    transform: Arc<Transform>,
+    position: u64,
+    range: Range<usize>,
 }
 
 impl Transfer {
@@ -57,33 +68,150 @@ impl Transfer {
     }
 }
 
+/// Before any part of a write is carried out. The memory is the request's own and nobody wants it back, so it is
+/// transformed where it is.
+pub fn prepare_write(request: &Request, transfers: &[Transfer]) -> Result<(), Errno> {
+    for crypt in transfers
+        .iter()
+        .filter_map(|transfer| transfer.crypt.as_ref())
+    {
+        let Crypt {
+            transform,
+            position,
+            range,
+        } = crypt;
+        transform
+            .encrypt(*position, &request.vector, range.clone())
+            .map_err(|_| Errno::IO)?;
+    }
+    Ok(())
+}
+
+/// After all of a read has been carried out.
+pub fn finish_read(request: &Request, transfers: &[Transfer]) -> Result<(), Errno> {
+    for crypt in transfers
+        .iter()
+        .filter_map(|transfer| transfer.crypt.as_ref())
+    {
+        let Crypt {
+            transform,
+            position,
+            range,
+        } = crypt;
+        transform
+            .decrypt(*position, &request.vector, range.clone())
+            .map_err(|_| Errno::IO)?;
+    }
+    Ok(())
+}
+
+/// Carry out transfers, blocking.
+pub fn run_all(request: &Request, transfers: &[Transfer], write: bool) -> Result<(), Errno> {
+    if write {
+        prepare_write(request, transfers)?;
+    }
+    transfers
+        .iter()
+        .try_for_each(|transfer| transfer.run(request, write))?;
+    if write {
+        Ok(())
+    } else {
+        finish_read(request, transfers)
+    }
+}
+
+/// Whether a piece, which begins at `start` of a request's memory, is not for transfers: CODE, or part of a sector under
+/// a transform.
+pub fn is_code(engine: &Engine, piece: &Piece, start: usize) -> bool {
+    if piece.target == Target::Code {
+        return true;
+    }
+    let Through {
+        transform,
+        position,
+        ..
+    } = piece.through;
+    transform != 0
+        && engine.effects.transform(transform).is_none_or(|transform| {
+            !transform.takes(position, piece.length as usize) || !transform.takes(start as u64, 0)
+        })
+}
+
 /// The transfers for `places`, which lie one after the other from `start` of the request's memory. Zeroes of a read are
 /// noted (or filled in) on the way. Ends at the first CODE; returns how many bytes of memory were dealt with.
 pub fn plan(
     request: &mut Request,
-    files: &Files,
+    engine: &Engine,
     start: usize,
     places: Vec<Place>,
     transfers: &mut Vec<Transfer>,
 ) -> Result<usize, Errno> {
     let mut position = start;
     for place in places {
+        if is_code(engine, &place.piece, position) {
+            break;
+        }
         let range = position..position + place.piece.length as usize;
         match place.piece.target {
-            Target::Code => break,
+            Target::Code => unreachable!("the first CODE ends the plan"),
             Target::Zero => note_zeroes(request, range.clone()),
-            Target::File { file, offset, .. } => transfers.push(Transfer {
-                // A file that is gone had its extents dropped first: to find one is our bug, but a client's
-                // request is not where to crash for it.
-                file: files.get(file).ok_or(Errno::BADF)?,
-                offset,
-                range: range.clone(),
-                _usage: place.usage,
-            }),
+            Target::File { file, offset, .. } => {
+                let Through {
+                    transform,
+                    position,
+                    ..
+                } = place.piece.through;
+                let crypt = engine.effects.transform(transform);
+                let crypt = crypt.map(|transform| Crypt {
+                    transform,
+                    position,
+                    range: range.clone(),
+                });
+                transfers.push(Transfer {
+                    // A file that is gone had its extents dropped first: to find one is our bug, but a client's
+                    // request is not where to crash for it.
+                    file: engine.files.get(file).ok_or(Errno::BADF)?,
+                    offset,
+                    range: range.clone(),
+                    crypt,
+                    _usage: place.usage,
+                });
+            }
         }
         position = range.end;
     }
     Ok(position - start)
+}
+
+/// Charge the meters on the way to `pieces` for a request, those first that have not been charged yet (`charged` counts
+/// them). Err: how long to wait before going on.
+pub fn charge<'a>(
+    engine: &Engine,
+    pieces: impl Iterator<Item = &'a Piece>,
+    write: bool,
+    charged: &mut u32,
+) -> Result<(), Duration> {
+    let mut sets: Vec<(u32, u64)> = Vec::new();
+    for piece in pieces.filter(|piece| piece.through.meters != 0) {
+        match sets
+            .iter_mut()
+            .find(|(set, _)| *set == piece.through.meters)
+        {
+            Some((_, length)) => *length += piece.length,
+            None => sets.push((piece.through.meters, piece.length)),
+        }
+    }
+    let mut number = 0;
+    for (set, length) in sets {
+        for meter in engine.effects.meters(set).iter().flat_map(|set| set.iter()) {
+            number += 1;
+            if number > *charged {
+                meter.take(length, write)?;
+                *charged = number;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn note_zeroes(request: &mut Request, range: Range<usize>) {

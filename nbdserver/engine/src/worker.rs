@@ -1,5 +1,6 @@
 //! A worker: one thread that serves a share of the connections, and never waits for long.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
@@ -12,12 +13,12 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
 use crate::engine::Engine;
-use crate::export::count;
-use crate::extents::{FileId, Target};
+use crate::export::{Place, count};
+use crate::extents::FileId;
 use crate::handshake::{Action, Event, Said};
 use crate::request::{Body, Failure, Reply, Request, Session};
 use crate::ring::Ring;
-use crate::transfer::{Transfer, plan};
+use crate::transfer::{Transfer, charge, finish_read, is_code, plan, prepare_write, run_all};
 use crate::vector::Vector;
 use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
 
@@ -184,6 +185,15 @@ pub struct Worker {
     ticked: Instant,
     /// The pool is, or has just been, used up.
     short: bool,
+    /// Requests that wait for their meters, in the order in which they came.
+    delayed: VecDeque<(Waiting, Request)>,
+}
+
+/// What a delayed request waits for.
+#[derive(Clone, Copy)]
+struct Waiting {
+    due: Instant,
+    meters: u32,
 }
 
 /// What became of a request that a worker began.
@@ -228,6 +238,7 @@ impl Worker {
             stopping: None,
             ticked: Instant::now(),
             short: false,
+            delayed: VecDeque::new(),
         })
     }
 
@@ -235,7 +246,7 @@ impl Worker {
         let mut events = Vec::with_capacity(64);
         while !self.finished() {
             events.clear();
-            let tick = Timespec::try_from(self.tick_length()).expect("less than a second");
+            let tick = Timespec::try_from(self.pause()).expect("less than a second");
             match epoll::wait(
                 &self.epoll,
                 rustix::buffer::spare_capacity(&mut events),
@@ -251,6 +262,7 @@ impl Worker {
                 }
             }
             self.take_messages();
+            self.resume_delayed();
             self.reap();
             self.tidy();
             self.tick();
@@ -732,27 +744,19 @@ impl Worker {
             vector,
             session: session.clone(),
             holes: Vec::new(),
+            charged: 0,
             _running: running,
         };
+        count_request(&request);
         if let Began::Answered(reply) = self.start(request) {
             connection.outgoing.reply(reply, &mut self.head);
         }
     }
 
     fn start(&mut self, request: Request) -> Began {
-        let counters = &request.export.counters;
-        let length = request.header.length;
         match request.header.command {
-            command::READ => {
-                count(&counters.reads, 1);
-                count(&counters.bytes_read, length);
-                self.read(request)
-            }
-            command::WRITE => {
-                count(&counters.writes, 1);
-                count(&counters.bytes_written, length);
-                self.write(request)
-            }
+            command::READ => self.read(request),
+            command::WRITE => self.write(request),
             _ => self.fault(request),
         }
     }
@@ -769,24 +773,27 @@ impl Worker {
         let covered = request
             .export
             .readable(users, self.index, (offset, length), &mut places);
-        if covered < length
-            || places
-                .iter()
-                .any(|place| place.piece.target == Target::Code)
-        {
+        if covered < length || self.has_code(&places) {
             drop(places);
             return self.fault(request);
+        }
+        if let Err(due) = self.charge(&mut request, &places, false) {
+            drop(places);
+            return self.delay(request, due);
         }
         count(&request.export.counters.hits, 1);
         crate::points::reached("worker.read");
         let mut transfers = Vec::new();
-        if let Err(errno) = plan(&mut request, &self.engine.files, 0, places, &mut transfers) {
+        if let Err(errno) = plan(&mut request, &self.engine, 0, places, &mut transfers) {
             return Began::Answered(request.reply(Err(errno.into())));
         }
         for index in 0..transfers.len() {
             match transfers[index].read_nowait(&request) {
                 Ok(true) => {}
                 Ok(false) => {
+                    if let Err(errno) = finish_read(&request, &transfers[..index]) {
+                        return Began::Answered(request.reply(Err(errno.into())));
+                    }
                     transfers.drain(..index);
                     return self.offload(request, transfers);
                 }
@@ -796,8 +803,12 @@ impl Worker {
                 }
             }
         }
+        let result = finish_read(&request, &transfers);
         drop(transfers);
-        Began::Answered(request.reply_read())
+        Began::Answered(match result {
+            Ok(()) => request.reply_read(),
+            Err(errno) => request.reply(Err(errno.into())),
+        })
     }
 
     fn write(&mut self, mut request: Request) -> Began {
@@ -815,14 +826,18 @@ impl Worker {
         let covered = request
             .export
             .writable(users, self.index, (offset, length), &mut places);
-        if covered < length {
+        if covered < length || self.has_code(&places) {
             drop(places);
             return self.fault(request);
+        }
+        if let Err(due) = self.charge(&mut request, &places, true) {
+            drop(places);
+            return self.delay(request, due);
         }
         count(&request.export.counters.hits, 1);
         crate::points::reached("worker.write");
         let mut transfers = Vec::new();
-        if let Err(errno) = plan(&mut request, &self.engine.files, 0, places, &mut transfers) {
+        if let Err(errno) = plan(&mut request, &self.engine, 0, places, &mut transfers) {
             return Began::Answered(request.reply(Err(errno.into())));
         }
         if transfers
@@ -831,9 +846,7 @@ impl Worker {
         {
             return self.offload(request, transfers);
         }
-        let result = transfers
-            .iter()
-            .try_for_each(|transfer| transfer.run(&request, true));
+        let result = run_all(&request, &transfers, true);
         drop(transfers);
         if result.is_ok() {
             request.export.written(offset, length);
@@ -843,16 +856,75 @@ impl Worker {
 
     /// What would block: to the ring, or to a thread.
     fn offload(&mut self, request: Request, transfers: Vec<Transfer>) -> Began {
-        match &mut self.ring {
-            Some(ring) => ring.start(request, transfers),
-            None => self
-                .engine
-                .threads
-                .as_ref()
-                .expect("one of the two")
-                .submit(request, transfers),
+        let Some(ring) = &mut self.ring else {
+            let threads = self.engine.threads.as_ref().expect("one of the two");
+            threads.submit(request, transfers);
+            return Began::Later;
+        };
+        if request.header.command == command::WRITE
+            && let Err(errno) = prepare_write(&request, &transfers)
+        {
+            return Began::Answered(request.reply(Err(errno.into())));
         }
+        ring.start(request, transfers);
         Began::Later
+    }
+
+    fn has_code(&self, places: &[Place]) -> bool {
+        let mut start = 0;
+        places.iter().any(|place| {
+            let code = is_code(&self.engine, &place.piece, start);
+            start += place.piece.length as usize;
+            code
+        })
+    }
+
+    // -- meters ----------------------------------------------------------------------------------------------
+
+    /// Err: the request must wait until then. Whoever waits for the same meters goes first.
+    fn charge(&self, request: &mut Request, places: &[Place], write: bool) -> Result<(), Waiting> {
+        let pieces = || places.iter().map(|place| &place.piece);
+        let Some(meters) = pieces()
+            .map(|piece| piece.through.meters)
+            .find(|set| *set != 0)
+        else {
+            return Ok(());
+        };
+        if request.export.is_draining() {
+            return Ok(()); // a throttle lets go
+        }
+        if let Some(last) = self
+            .delayed
+            .iter()
+            .rev()
+            .find(|other| other.0.meters == meters)
+        {
+            return Err(Waiting {
+                due: last.0.due,
+                meters,
+            });
+        }
+        charge(&self.engine, pieces(), write, &mut request.charged).map_err(|wait| Waiting {
+            due: Instant::now() + wait,
+            meters,
+        })
+    }
+
+    fn delay(&mut self, request: Request, waiting: Waiting) -> Began {
+        self.delayed.push_back((waiting, request));
+        Began::Later
+    }
+
+    /// Go on with the requests whose time has come, in the order in which they came.
+    fn resume_delayed(&mut self) {
+        let now = Instant::now();
+        for (waiting, request) in std::mem::take(&mut self.delayed) {
+            if waiting.due > now && !request.export.is_draining() {
+                self.delayed.push_back((waiting, request));
+            } else if let Began::Answered(reply) = self.start(request) {
+                self.answer(reply);
+            }
+        }
     }
 
     // -- everything else -------------------------------------------------------------------------------------
@@ -986,6 +1058,16 @@ impl Worker {
         if self.short { TICK_SHORT } else { TICK }
     }
 
+    /// How long there is nothing to do but what epoll tells.
+    fn pause(&self) -> Duration {
+        // Not longer than TICK_SHORT while requests are delayed: a drained section lets them go.
+        let due = self.delayed.iter().map(|(waiting, _)| waiting.due).min();
+        due.map_or(self.tick_length(), |due| {
+            due.saturating_duration_since(Instant::now())
+                .min(TICK_SHORT)
+        })
+    }
+
     /// Look at deadlines, and at who holds memory that others wait for.
     fn tick(&mut self) {
         let now = Instant::now();
@@ -1049,4 +1131,15 @@ fn receive_payload(socket: &OwnedFd, payload: &mut Payload) -> Result<usize, Err
         .next()
         .expect("a payload that is not whole");
     recv(socket, slot.slice_mut(part), RecvFlags::empty()).map(|got| got.0)
+}
+
+fn count_request(request: &Request) {
+    let counters = &request.export.counters;
+    let (requests, bytes) = match request.header.command {
+        command::READ => (&counters.reads, &counters.bytes_read),
+        command::WRITE => (&counters.writes, &counters.bytes_written),
+        _ => return,
+    };
+    count(requests, 1);
+    count(bytes, request.header.length);
 }
