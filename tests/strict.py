@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving import BACKENDS
+
 #: What comes before the recorded result in the file; kept when a new result is written.
 RESULT_HEADING = "## The last full run\n"
 
@@ -29,7 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     amount = "full" if os.environ.get("NBDSERVER_FULL") else "short"
-    return f"nbdserver: seed {os.environ.get('NBDSERVER_SEED', '1')}, {amount} run, skips are failures"
+    return (
+        f"nbdserver: seed {os.environ.get('NBDSERVER_SEED', '1')}, {amount} run, skips are failures, "
+        f"backends: {', '.join(BACKENDS)}"
+    )
 
 
 class _Run:

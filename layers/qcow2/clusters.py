@@ -13,7 +13,6 @@ Specification: "Cluster mapping".
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -56,28 +55,20 @@ class Run(NamedTuple):
         return self.owned and bool(self.entry & COPIED)
 
 
-@dataclass(frozen=True)
 class Geometry:
-    """The sizes that follow from a header's cluster size and refcount width."""
+    """The sizes that follow from a header's cluster size and refcount width. Never changes.
 
-    cluster_bits: int
-    refcount_order: int
-    #: Whether there are zero clusters: from version 3 on.
-    has_zero: bool
+    ``has_zero``: whether there are zero clusters, as from version 3 on.
+    """
 
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__  # computed once: these are read for every request
-        set_(self, "cluster_size", 1 << self.cluster_bits)
-        set_(self, "l2_entries", 1 << (self.cluster_bits - 3))
-        set_(self, "refcount_bits", 1 << self.refcount_order)
-        set_(self, "block_entries", (8 << self.cluster_bits) >> self.refcount_order)
-
-    cluster_size: int = 0
-    #: Entries of an L2 table, which is one cluster.
-    l2_entries: int = 0
-    refcount_bits: int = 0
-    #: Refcounts in a refcount block, which is one cluster.
-    block_entries: int = 0
+    def __init__(self, cluster_bits: int, refcount_order: int, *, has_zero: bool) -> None:
+        self.cluster_bits, self.has_zero = cluster_bits, has_zero
+        self.cluster_size = 1 << cluster_bits
+        #: Entries of an L2 table, which is one cluster.
+        self.l2_entries = self.cluster_size // 8
+        self.refcount_bits = 1 << refcount_order
+        #: Refcounts in a refcount block, which is one cluster.
+        self.block_entries = self.cluster_size * 8 // self.refcount_bits
 
     def clusters(self, length: int) -> int:
         """How many clusters ``length`` bytes take up."""

@@ -126,7 +126,7 @@ class _Parser:
         extensions = dict(self._extensions(fields3.header_length, extensions_stop))
         self._check_features(fields, fields3, extensions)
         self._check_encryption(fields)
-        geometry = Geometry(fields.cluster_bits, fields3.refcount_order, fields.version >= 3)
+        geometry = Geometry(fields.cluster_bits, fields3.refcount_order, has_zero=fields.version >= 3)
         self._check_tables(fields, geometry)
         backing_name, backing_format = self._backing(fields, extensions)
         return Header(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
@@ -70,13 +69,13 @@ class Qcow2(Layer):
         self._header = header
 
     def _open_writable(self, storage: Storage, header: Header) -> None:
-        storage.fill_up()
         occupied = Occupied()
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
         mapping = WritableMapping(
             storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied
         )
         Survey(storage, header, mapping, refcounts).fill(occupied)
+        storage.fill_up()
         if header.autoclear:
             # What they promise to keep up to date, we shall not. Durable before anything else changes.
             self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(0))
@@ -135,7 +134,9 @@ class Qcow2(Layer):
 
     def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
         reader = self.reader
-        for run, start, end in reader.spans(offset, length):
+        # What is written by code is not looked up ahead: the answer would not last.
+        ahead = intent is Intent.READ or any(self._is_writable(run) for run, _, _ in reader.spans(offset, 1))
+        for run, start, end in reader.spans(offset, length, ahead=ahead):
             if self._is_writable(run):
                 yield Extent(end - start, self.file, reader.place(run, start), True)
             elif run.kind is Kind.NORMAL and intent is Intent.READ:
@@ -154,9 +155,6 @@ class Qcow2(Layer):
         """
         reader = self.reader
         for run, start, end in reader.spans(offset, length):
-            end = min(end, offset + length)
-            if start >= end:
-                return
             if run.kind is not Kind.ZERO_ALLOCATED and reader.is_zero(run, start):
                 yield Extent(end - start, ZERO)
             elif self._is_writable(run):
@@ -205,14 +203,15 @@ class Qcow2(Layer):
     def _has_preallocation(self) -> bool:
         """`status.has_preallocation`, asked once, as QEMU does: it says how the image was made."""
         if self._is_preallocated is None:
-            self._is_preallocated = False
-            with contextlib.suppress(ImageError, OSError):
+            try:
                 refcounts = (
                     self._writer.refcounts
                     if self._writer is not None
                     else Refcounts(self.reader.storage, self._header, Occupied(), 0)
                 )
                 self._is_preallocated = status.has_preallocation(self.reader, refcounts, self._lock)
+            except (ImageError, OSError):
+                self._is_preallocated = False  # it is extra information: without it, all that is allocated is data
         return self._is_preallocated
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from nbdserver.limits import KIB, MIB
+from nbdserver.limits import GIB, KIB, MIB
 
 #: The format's least cluster size, and the greatest that QEMU can open.
 CLUSTER_BITS_MIN: Final = 9
@@ -36,8 +36,10 @@ REFCOUNT_CACHE_DEFAULT: Final = 8 * MIB
 #: The fewest tables a cache is of use with: an old and a new L2 table; the blocks that one growth touches.
 CACHED_COUNT_MIN: Final = 4
 
-#: Freed places that wait to be reusable; so many, and the metadata is written back to set them free.
+#: Freed clusters that wait to be reusable: so many, or so much, and the metadata is written back to set them free,
+#: lest the file grow for want of them.
 FREED_COUNT_MAX: Final = 65536
+FREED_MAX: Final = GIB
 
 #: Runs of free clusters that are remembered behind the allocation cursor; past that it goes back and looks again.
 FREE_RUNS_COUNT_MAX: Final = 16384

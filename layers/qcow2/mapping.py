@@ -36,16 +36,16 @@ class Mapping:
         """The L1 table, to be read only."""
         return self._l1.entries
 
-    def runs(self, first: int, stop: int) -> Iterator[Run]:
-        """The runs from guest cluster ``first`` on: past ``stop``, to the end of the L2 table that maps the last
-        cluster before it. Takes the lock, once a table, and never holds it across a ``yield``.
+    def runs(self, first: int, stop: int, *, ahead: bool) -> Iterator[Run]:
+        """The runs of the guest clusters [first, stop); with ``ahead`` on to the end of the last one's L2 table.
 
-        Raises ImageError, OSError; not for what lies behind ``stop``.
+        Takes the lock, once a table, and never holds it across a ``yield``. Raises ImageError, OSError; not for
+        what lies behind ``stop``.
         """
         cluster, per_table = first, self._geometry.l2_entries
         while cluster < stop:
             index, skip = divmod(cluster, per_table)
-            limit = min((index + 1) * per_table, self._clusters)
+            limit = min((index + 1) * per_table, self._clusters if ahead else stop)
             with self._lock:
                 owned = bool(self._l1.entries[index] & COPIED)
                 table = self._table(index)
@@ -66,10 +66,6 @@ class Mapping:
                 after = start + self._geometry.run_length(entries, start)
                 yield Run(kind, cluster, base + after, entries[start], owned)
                 start, cluster = after, base + after
-
-    def runs_within(self, first: int, stop: int) -> list[Run]:
-        """The runs of exactly the guest clusters [first, stop)."""
-        return [run._replace(stop=min(run.stop, stop)) for run in self.runs(first, stop) if run.first < stop]
 
     def bad_entry(self, cluster: int, entry: int, wanted: str, table: int = 0) -> ImageError:
         """The ImageError for what the L2 entry of a guest cluster says."""

@@ -28,11 +28,9 @@ class Occupied:
         at = bisect_left(self._clusters, start)
         self._clusters[at:at] = array("Q", range(start, start + count))
 
-    def remove(self, cluster: int) -> None:
-        """Take a cluster out if it is in."""
-        at = bisect_left(self._clusters, cluster)
-        if at < len(self._clusters) and self._clusters[at] == cluster:
-            del self._clusters[at]
+    def remove(self, start: int, count: int) -> None:
+        """Take those of ``count`` clusters from ``start`` out that are in."""
+        del self._clusters[bisect_left(self._clusters, start) : bisect_left(self._clusters, start + count)]
 
     def overlaps(self, start: int, count: int = 1) -> bool:
         """Whether any of ``count`` clusters from ``start`` is in the set."""

@@ -216,20 +216,25 @@ class Order:
         try:
             for start, stop in _joined((run.start, run.stop) for run in retired):
                 self._storage.wait_unused(start, stop)
-            references = Counter(cluster for run in retired for cluster in range(run.start, run.stop))
             with self._lock:
-                last = {cluster for cluster, times in references.items() if self._refcounts.get(cluster) <= times}
-            discards = (cluster for run in retired if run.discard for cluster in range(run.start, run.stop))
-            self._discard(last.intersection(discards))
+                last = [
+                    (first, end)
+                    for start, stop, times in _counted(retired)
+                    for first, end, refcount in self._refcounts.runs(start, stop)
+                    if refcount <= times
+                ]
+            self._discard(last, _joined((run.start, run.stop) for run in retired if run.discard))
         except BaseException:
             with self._lock:
                 self._refcounts.retire_again(retired)
             raise
         with self._lock:  # never twice: should this fail half-way, the rest leaks
-            self._refcounts.drop(references.items())
+            for start, stop, times in _counted(retired):
+                self._refcounts.drop(start, stop, times)
 
-    def _discard(self, clusters: set[int]) -> None:
-        for start, stop in _joined((cluster, cluster + 1) for cluster in clusters):
+    def _discard(self, unused: Iterable[tuple[int, int]], wanted: Iterable[tuple[int, int]]) -> None:
+        """Give back the storage of what is in both."""
+        for start, stop in _common(_joined(unused), wanted):
             # Advice: a file that cannot take it is none the worse for it.
             with contextlib.suppress(OSError, RequestError):
                 self._storage.trim(start, stop)
@@ -246,6 +251,33 @@ def _joined(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         stop = max(stop, end)
     if stop > start:
         yield start, stop
+
+
+def _common(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What two ordered sequences of disjoint runs have in common."""
+    one, two = iter(some), iter(others)
+    a, b = next(one, None), next(two, None)
+    while a is not None and b is not None:
+        start, stop = max(a[0], b[0]), min(a[1], b[1])
+        if start < stop:
+            yield start, stop
+        if a[1] < b[1]:
+            a = next(one, None)
+        else:
+            b = next(two, None)
+
+
+def _counted(retired: Iterable[Retired]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, how often): the clusters that are in ``retired``, in order."""
+    steps = Counter[int]()
+    for run in retired:
+        steps[run.start] += 1
+        steps[run.stop] -= 1
+    start = times = 0
+    for cluster, step in sorted(steps.items()):
+        if times:
+            yield start, cluster, times
+        start, times = cluster, times + step
 
 
 def _again(error: BaseException) -> Exception:

@@ -42,15 +42,15 @@ class Reader:
         if edge < end:
             yield Extent(end - edge, ZERO)
 
-    def spans(self, offset: int, length: int) -> Iterator[tuple[Run, int, int]]:
-        """(run, start, end): the runs of the range, and what bytes of the disk from ``offset`` on they hold.
+    def spans(self, offset: int, length: int, *, ahead: bool = False) -> Iterator[tuple[Run, int, int]]:
+        """(run, start, end): the runs of the range, and which of its bytes, [start, end), each of them holds.
 
-        Goes on as `Mapping.runs` does. Raises ImageError, OSError.
+        With ``ahead`` it goes on as `Mapping.runs` does. Raises ImageError, OSError.
         """
         size = self.geometry.cluster_size
-        for run in self.mapping.runs(offset // size, self.geometry.clusters(offset + length)):
-            start = max(run.first * size, offset)
-            yield run, start, min(run.stop * size, self.size)
+        limit = self.size if ahead else offset + length
+        for run in self.mapping.runs(offset // size, self.geometry.clusters(offset + length), ahead=ahead):
+            yield run, max(run.first * size, offset), min(run.stop * size, limit)
 
     def place(self, run: Run, offset: int) -> int:
         """Where in the file the byte ``offset`` of the disk is, which a run with host clusters holds."""
@@ -74,9 +74,6 @@ class Reader:
     def read(self, request: Request) -> None:
         """Read any range. Raises ImageError, OSError, RequestError."""
         for run, start, end in self.spans(request.offset, request.length):
-            end = min(end, request.end)
-            if start >= end:
-                return
             self.read_run(run, request.slice(start - request.offset, end - start))
 
     def read_run(self, run: Run, part: Request) -> None:
@@ -94,11 +91,11 @@ class Reader:
     def _read_extents(self, extents: Iterator[Extent], part: Request) -> None:
         done = 0
         for extent in extents:
-            piece = part.slice(done, extent.length).moved(extent.offset)
+            vector = part.vector.slice(done, extent.length)
             if isinstance(extent.target, Layer):
-                finish(extent.target.read(piece))
+                finish(extent.target.read(Request.read(extent.offset, vector)))
             else:
-                piece.vector.zero()
+                vector.zero()
             done += extent.length
 
     def _decompress(self, run: Run) -> bytes:

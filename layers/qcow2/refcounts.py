@@ -21,7 +21,7 @@ import errno
 import os
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Final
 
 from layers.ondisk.qcow2 import OFFSET_END, REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS, REFCOUNT_TABLE_RESERVED
@@ -29,7 +29,7 @@ from layers.qcow2.cache import Cache, Table, Write
 from layers.qcow2.clusters import Geometry
 from layers.qcow2.freespace import FreeRuns
 from layers.qcow2.header import Header
-from layers.qcow2.limits import CACHED_COUNT_MIN, FREED_COUNT_MAX, REFCOUNT_TABLE_MAX
+from layers.qcow2.limits import CACHED_COUNT_MIN, FREED_COUNT_MAX, FREED_MAX, REFCOUNT_TABLE_MAX
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut, Retired
 from layers.qcow2.storage import Storage
@@ -67,7 +67,8 @@ class Refcounts:
     @property
     def crowded(self) -> bool:
         """Whether so much has changed or is retired that it should be written back."""
-        return self._cache.crowded or self._retired_count > FREED_COUNT_MAX
+        retired = self._retired_count
+        return self._cache.crowded or retired > FREED_COUNT_MAX or retired * self._geometry.cluster_size > FREED_MAX
 
     @property
     def is_clean(self) -> bool:
@@ -83,10 +84,10 @@ class Refcounts:
     def count_used(self, clusters: int, enough: int) -> int:
         """How many of the first ``clusters`` clusters are in use; counts no further than to ``enough``."""
         used = 0
-        for cluster in range(0, clusters, self._geometry.block_entries):
-            block = self._block(cluster // self._geometry.block_entries)
+        for number in range(min(-(-clusters // self._geometry.block_entries), len(self._table.entries))):
+            block = self._block(number)
             if block is not None:
-                used += self._width.count_used(block.entries, clusters - cluster)
+                used += self._width.count_used(block.entries, clusters - number * self._geometry.block_entries)
             if used >= enough:
                 break
         return used
@@ -105,7 +106,7 @@ class Refcounts:
 
     def give_back(self, start: int, count: int) -> None:
         """Free clusters that were taken and that nothing, in memory or in the file, has referred to since."""
-        self.drop((cluster, 1) for cluster in range(start, start + count))
+        self.drop(start, start + count, 1)
 
     def retire(self, offset: int, length: int, *, discard: bool) -> None:
         """Let go of one reference to the clusters that the bytes touch, once the change that did is durable.
@@ -121,15 +122,28 @@ class Refcounts:
         else:
             self._retired.append(Retired(start, stop, discard))
 
-    def drop(self, references: Iterable[tuple[int, int]]) -> None:
-        """Lower the refcounts of (cluster, by how much), and make those free that come to 0."""
-        for cluster, times in references:
-            left = max(self.get(cluster) - times, 0)
-            self._set(cluster, 1, left)
-            if left == 0:
-                self._occupied.remove(cluster)
-                if cluster < self._cursor:
-                    self._cursor = min(self._free.add(cluster, 1) or self._cursor, self._cursor)
+    def drop(self, start: int, stop: int, times: int) -> None:
+        """Lower the refcounts of the clusters [start, stop) by ``times``, and make those free that come to 0."""
+        for first, end, refcount in list(self.runs(start, stop)):
+            if refcount == 0:
+                continue  # two entries named what counted only once: it is free already, and may not become so twice
+            self._set(first, end - first, max(refcount - times, 0))
+            if refcount > times:
+                continue
+            self._occupied.remove(first, end - first)
+            if first < self._cursor:
+                forgotten = self._free.add(first, min(end, self._cursor) - first)
+                self._cursor = min(forgotten or self._cursor, self._cursor)
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(first, stop, refcount) of runs of one refcount in the clusters [start, stop), which have blocks."""
+        while start < stop:
+            number, index = divmod(start, self._geometry.block_entries)
+            block = self._block(number)
+            assert block is not None
+            length = self._width.run(block.entries, index, min(stop - start, self._geometry.block_entries - index))
+            yield start, start + length, self._width.get(block.entries, index)
+            start += length
 
     def _scan(self, count: int) -> tuple[int, int]:
         """The next free clusters from the cursor on, which moves behind them."""
@@ -139,7 +153,7 @@ class Refcounts:
             block = self._block(number) or self._make_block(number)
             index = self._width.find_free(block.entries, index)
             if index < per_block:
-                count = self._width.free_run(block.entries, index, count)
+                count = self._width.run(block.entries, index, min(count, per_block - index))
                 self._cursor = number * per_block + index + count
                 return number * per_block + index, count
             self._cursor = (number + 1) * per_block
@@ -313,11 +327,13 @@ class _Width:
             start += 1
         return start
 
-    def free_run(self, entries: array[int], start: int, count_max: int) -> int:
-        """How many refcounts from ``start`` are 0, at most ``count_max``."""
-        stop = min(start + count_max, self._entries)
-        index = start
-        while index < stop and self.get(entries, index) == 0:
+    def run(self, entries: array[int], start: int, count: int) -> int:
+        """How many of ``count`` refcounts from ``start`` on are the same."""
+        value, stop = self.get(entries, start), start + count
+        if self._bits >= 8 and entries[start:stop] == array(self.typecode, [value]) * count:
+            return count
+        index = start + 1
+        while index < stop and self.get(entries, index) == value:
             index += 1
         return index - start
 

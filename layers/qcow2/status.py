@@ -24,11 +24,7 @@ ABSENT = STATE_HOLE | STATE_ZERO
 
 def status(reader: Reader, context: str, offset: int, length: int, *, preallocated: bool) -> Iterator[tuple[int, int]]:
     """(length, flags) runs that cover the range exactly. ``preallocated``: see `has_preallocation`."""
-    end = offset + length
     for run, start, stop in reader.spans(offset, length):
-        stop = min(stop, end)
-        if start >= stop:
-            return
         if run.kind is Kind.UNALLOCATED:
             yield from _below(reader, context, start, stop)
         elif context == ALLOCATION_DEPTH:

@@ -28,7 +28,7 @@ from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
-from nbdserver.errors import ImageError, RequestError
+from nbdserver.errors import RequestError
 from nbdserver.layer import finish
 from nbdserver.ranges import RangeLock
 from nbdserver.request import NO_VECTOR, Flag, Request, Vector
@@ -89,7 +89,7 @@ class Writer:
 
     def is_overwritable(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` hold its data and may be overwritten where they are."""
-        return run.kind is Kind.NORMAL and run.copied and self._misplaced(run) is None
+        return run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
         """What of the bytes [start, end) can be made zero by L2 entries: the whole clusters in it, [first, stop).
@@ -112,7 +112,7 @@ class Writer:
 
     def _write(self, request: Request) -> None:
         """Write a range whose clusters are held."""
-        runs = self._mapping.runs_within(*self._span(request))
+        runs = list(self._mapping.runs(*self._span(request), ahead=False))
         pieces = self._reserve(runs)
         linked = 0  # guest clusters below this have their pieces for good
         try:
@@ -120,8 +120,9 @@ class Writer:
                 self._put(request, piece, runs)
             with self._lock:
                 for cluster, entries in self._links(pieces):
-                    self._replace(cluster, entries, discard=self._discard.other)
+                    self._mapping.replace(cluster, entries, discard=self._discard.other)
                     linked = cluster + len(entries)
+                    self._announce(cluster, linked)
         except BaseException:
             with self._lock:
                 self._give_back(pieces, linked)
@@ -152,9 +153,9 @@ class Writer:
 
     def _places(self, run: Run) -> Iterator[Piece]:
         if run.copied and run.kind in (Kind.NORMAL, Kind.ZERO_ALLOCATED):
-            misplaced = self._misplaced(run)
-            if misplaced is not None:
-                raise misplaced
+            if not self._is_in_place(run):
+                wanted = f"a place in the file, which ends at {self._storage.size:#x}, that does not hold metadata"
+                raise self._mapping.bad_entry(run.first, run.entry, wanted)
             yield Piece(run.first, run.stop, run.place, run.kind is Kind.NORMAL, False)
             return
         first = run.first
@@ -237,12 +238,13 @@ class Writer:
         """Have L2 entries say that clusters are zero."""
         if not part.length:
             return
-        for run in self._mapping.runs_within(*self._span(part)):
+        for run in self._mapping.runs(*self._span(part), ahead=False):
             entries = self._zeroed(run, unmap=unmap)
             if entries is not None:
                 self._order.check()
                 with self._lock:
-                    self._replace(run.first, entries, discard=self._discard.request)
+                    self._mapping.replace(run.first, entries, discard=self._discard.request)
+                    self._announce(run.first, run.stop)
             elif run.kind is Kind.NORMAL:
                 size = self._geometry.cluster_size
                 self._zero_data(_part(part, run.first * size, min(run.stop * size, part.end)))
@@ -265,14 +267,12 @@ class Writer:
         """Zero bytes, in place or by writing zeroes."""
         if not part.length:
             return
-        size = self._geometry.cluster_size
-        for run in self._mapping.runs_within(*self._span(part)):
-            start, end = max(run.first * size, part.offset), min(run.stop * size, part.end)
+        for run, start, end in self._reader.spans(part.offset, part.length):
             if self._reader.is_zero(run, start):
                 continue
             if self.is_overwritable(run):
-                place = self._reader.place(run, start)
-                finish(self._storage.file.zero(Request.zero(place, end - start, part.asked_flags)))
+                flags = part.flags & (Flag.MAY_UNMAP | Flag.NO_FALLBACK)
+                finish(self._storage.file.zero(Request.zero(self._reader.place(run, start), end - start, flags)))
             elif part.flags & Flag.NO_FALLBACK:
                 raise RequestError(errno.ENOTSUP, "zeroes would have to be written here")
             else:
@@ -312,24 +312,16 @@ class Writer:
             yield _part(request, start, end)
             start = end
 
-    def _replace(self, cluster: int, entries: array[int], *, discard: bool) -> None:
-        """Change L2 entries, and say so. Under the metadata lock."""
-        self._mapping.replace(cluster, entries, discard=discard)
-        start = cluster * self._geometry.cluster_size
-        end = min(start + len(entries) * self._geometry.cluster_size, self._reader.size)
-        self._changed(start, end - start)
+    def _announce(self, first: int, stop: int) -> None:
+        """Say that the guest clusters [first, stop) map to something else now. Under the metadata lock."""
+        start = first * self._geometry.cluster_size
+        self._changed(start, min(stop * self._geometry.cluster_size, self._reader.size) - start)
 
-    def _misplaced(self, run: Run) -> ImageError | None:
-        """Why the host clusters of ``run`` must not be written, though the image says that they are its own."""
-        size = self._geometry.cluster_size
-        start, count = run.place // size, run.stop - run.first
-        if (start + count) * size > self._storage.size:
-            wanted = f"a place in the file, which ends at {self._storage.size:#x}"
-        elif self._occupied.overlaps(start, count):
-            wanted = "a place that does not hold metadata"
-        else:
-            return None
-        return self._mapping.bad_entry(run.first, run.entry, wanted)
+    def _is_in_place(self, run: Run) -> bool:
+        """Whether the host clusters of ``run`` are in the file, and not where metadata is."""
+        start, count = run.place // self._geometry.cluster_size, run.stop - run.first
+        is_in_file = (start + count) * self._geometry.cluster_size <= self._storage.size
+        return is_in_file and not self._occupied.overlaps(start, count)
 
 
 def _part(request: Request, start: int, end: int) -> Request:

@@ -23,7 +23,7 @@ from nbdserver.testing import NbdServers
 from tests.faults.replay import Replay, load
 from tests.oracle.model import Kind, Model, Operation
 from tests.oracle.storm import Storm, Weather
-from tests.serving import SEED, amount, content, create, qemu_io
+from tests.serving import BACKENDS, SEED, amount, content, create, qemu_io
 
 MIB = 1 << 20
 #: States of all disks and backends together.
@@ -96,7 +96,7 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
     assert bytes(replay.prefix(positions[-1])) == path.read_bytes(), "the recording is not all that happened"
 
     pick = random.Random(SEED)
-    count = STATES // len(DISKS) // 2
+    count = STATES // (len(DISKS) * len(BACKENDS))
     # Every second state is a prefix; they are spread over the recording evenly.
     for number in range(count):
         position = positions[number * len(positions) // count]

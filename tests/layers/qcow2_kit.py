@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from layers.qcow2 import Qcow2
 from nbdserver.layer import Layer
-from nbdserver.reference import Reference, open_stack
+from nbdserver.reference import Reference
 from nbdserver.request import Flag, Request
 
 SECTOR = 512
@@ -239,6 +239,3 @@ def open_recorded(data: bytes, **options: object) -> tuple[RecordedFile, Qcow2]:
     """An image in memory, and a layer over it, not open yet."""
     file = RecordedFile(bytearray(data))
     return file, Qcow2(file, **options)  # type: ignore[arg-type]
-
-
-__all__ = ["Drive", "History", "Operation", "RecordedFile", "apply", "crash_states", "open_recorded", "open_stack"]

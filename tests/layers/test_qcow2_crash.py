@@ -6,13 +6,16 @@ Every state goes through the checker and reader in `qcow2_check`, a sample of th
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from nbdserver.reference import open_stack
+from nbdserver.request import Flag
 from tests.layers.qcow2_check import check, read
-from tests.layers.qcow2_kit import Drive, crash_states, open_recorded, open_stack
+from tests.layers.qcow2_kit import SECTOR, Drive, History, crash_states, open_recorded, stamp
 from tests.serving import SEED, amount, create, qemu_io, run
 from tests.serving import check as qemu_check
 
@@ -50,7 +53,7 @@ SCENARIOS = [
     Scenario("narrow refcounts", 1024, 128 * KIB, {"refcount_bits": 1}),
     Scenario("many refcount blocks", 512, 256 * KIB, {"refcount_bits": 64}),
     Scenario(
-        "growing refcount table", 512, 2560 * KIB, {"refcount_bits": 64}, ("write -P 1 0 1920k",),
+        "growing refcount table", 512, 3584 * KIB, {"refcount_bits": 64}, ("write -P 1 0 1960k",),
         steps=30, states=60, longest=400, grows=True,
     ),
     Scenario("snapshot", 512, 128 * KIB, before=("write -P 1 0 40k", "write -P 2 64k 33k"), snapshot=True),
@@ -105,6 +108,48 @@ def test_crash_states_are_sound_and_hold_what_was_flushed(scenario: Scenario, tm
         assert not drive.history.wrong(position, read(state, below)), where
         if number % (states // 4) == 0:
             _qemu_agrees(state, tmp_path / "state")
+
+
+def test_crashes_under_several_threads(tmp_path: Path) -> None:
+    """Each thread has sectors of its own, in clusters that they share."""
+    scenario = Scenario("threads", 2048, 192 * KIB, {"refcount_bits": 64})
+    pick = random.Random(SEED)
+    initial, _ = _make(scenario, tmp_path, pick)
+    file, layer = open_recorded(initial)
+    history = History(read(initial))
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        pick = random.Random(f"{SEED} {number}")
+        try:
+            for turn in range(40):
+                sector = pick.randrange(scenario.size // SECTOR // 9) * 9 + 3 * number
+                length = pick.randint(1, 3) * SECTOR
+                choice = pick.random()
+                began = file.mark(f"thread {number}, turn {turn} begins")
+                if choice < 0.15:
+                    disk.flush()
+                    history.flushed(began, file.mark("flush ended"))
+                    continue
+                data = bytes(length) if choice < 0.3 else stamp(sector, number * 1000 + turn, length)
+                if choice < 0.3:
+                    disk.zero(sector * SECTOR, length, Flag.MAY_UNMAP)
+                else:
+                    disk.write(sector * SECTOR, data)
+                history.changed(sector * SECTOR, data, began, file.mark("ended"))
+        except BaseException as error:
+            errors.append(error)
+
+    with open_stack(layer) as disk:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    for number, (position, state) in enumerate(crash_states(initial, file.log, pick, amount(200, 10_000))):
+        assert not check(state).errors, number
+        assert not history.wrong(position, read(state)), number
 
 
 def _backing(below: bytes) -> object:

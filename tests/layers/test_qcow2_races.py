@@ -12,6 +12,7 @@ import pytest
 
 from layers.file import File
 from layers.qcow2 import Qcow2
+from layers.qcow2.order import Cut
 from nbdserver.extent import Extent, Intent
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
@@ -263,6 +264,42 @@ def test_a_flush_links_nothing_that_came_after_its_cut(step: str, image: bytes) 
         assert not check(file.data).errors
         now = read(file.data)
         assert now[FREE : FREE + 5] == b"first" and now[FREE + CLUSTER :][:5] == bytes(5) and now[0] == 1
+
+
+class Generous:
+    """A lock that, whenever it is let go, waits until those who wanted it have had it."""
+
+    def __init__(self, lock: threading.Lock, wanting: list[Thread]) -> None:
+        self._lock, self._wanting = lock, wanting
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        for thread in self._wanting:
+            thread.join(1)
+
+
+def test_a_cut_is_taken_at_one_instant(image: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No write gets in between the refcounts that a flush takes and the links that need them."""
+    with _opened(image) as (file, disk, layer):
+        disk.write(FREE, b"first")
+        refcounts, order = layer.writer.refcounts, layer.writer._order
+        writes: list[Thread] = []
+        take = refcounts.cut
+
+        def cut(cut: Cut) -> None:
+            take(cut)
+            monkeypatch.undo()
+            writes.append(Thread(lambda: disk.write(FREE + CLUSTER, b"later")))
+            assert writes[0].waits()
+
+        monkeypatch.setattr(refcounts, "cut", cut)
+        order._lock = Generous(order._lock, writes)  # type: ignore[assignment]
+        disk.flush()
+        writes[0].done()
+        assert not check(file.data).errors
 
 
 def test_an_unlinked_cluster_is_not_reused_before_that_is_durable(image: bytes) -> None:

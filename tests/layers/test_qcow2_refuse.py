@@ -181,7 +181,7 @@ METADATA = {
     "L1 entry outside": (lambda p: _poke_number(p, _l1(p, 1), 1 << 63 | 1 << 40), "L1 table, entry 1 .*in the file"),
     "L1 entry unaligned": (lambda p: _poke_number(p, _l1(p, 1), 1 << 63 | 0x5200), "L1 table, entry 1 .*multiple"),
     "L1 entry reserved": (lambda p: _poke_number(p, _l1(p, 1), 1 << 63 | 0x5001), "L1 table, entry 1 .*reserved"),
-    "L2 table twice": (lambda p: _poke_number(p, _l1(p, 1), _number(p, _l1(p))), "L1 table, entry 0 and .*entry 1 over"),
+    "L2 table twice": (lambda p: _poke_number(p, _l1(p, 1), _number(p, _l1(p))), "entry 0 and L1 table, entry 1"),
     "L2 table on the refcount table": (
         lambda p: _poke_number(p, _l1(p, 1), 1 << 63 | _number(p, 48)), "refcount table and L1 table.*overlap"
     ),

@@ -151,40 +151,54 @@ impl Ring {
         self.queued.push_back(entry);
     }
 
-    /// Hand what is queued to the kernel.
+    /// Hand what is queued to the kernel. What it has no room for now is handed over at the next turn.
     pub fn submit(&mut self) -> std::io::Result<()> {
-        while !self.queued.is_empty() {
-            {
-                let mut queue = self.ring.submission();
-                while !queue.is_full() {
-                    let Some(entry) = self.queued.pop_front() else {
-                        break;
-                    };
-                    // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the
-                    // completion has been reaped; so do the file and the place it is in.
-                    unsafe { queue.push(&entry) }.expect("a submission queue with room");
-                }
-            }
-            match self.ring.submit() {
-                Ok(_) => {}
-                // The completion queue is full: reap first, submit at the next turn.
-                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => break,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        while self.push() && self.enter()? {}
         Ok(())
     }
 
+    /// Move what is queued into the submission queue, as far as there is room; whether that has anything to submit.
+    fn push(&mut self) -> bool {
+        let mut queue = self.ring.submission();
+        while !queue.is_full() {
+            let Some(entry) = self.queued.pop_front() else {
+                break;
+            };
+            // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the completion has
+            // been reaped; so do the file and the place it is in.
+            unsafe { queue.push(&entry) }.expect("a submission queue with room");
+        }
+        !queue.is_empty()
+    }
+
+    /// Submit, and have completions that the completion queue had no room for moved into it. False: the kernel takes
+    /// no more now, for want of memory (EAGAIN) or because completions are to be reaped first (EBUSY).
+    fn enter(&self) -> std::io::Result<bool> {
+        match self.ring.submit() {
+            Ok(_) => Ok(true),
+            Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::AGAIN | Errno::BUSY) => Ok(false),
+                Some(Errno::INTR) => Ok(true),
+                _ => Err(error),
+            },
+        }
+    }
+
     /// Take in completions; the replies of the requests that ended with them go to `replies`.
-    pub fn reap(&mut self, replies: &mut Vec<Reply>) {
-        let done: Vec<(u64, i32)> = self
-            .ring
-            .completion()
-            .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
-            .collect();
-        for (data, result) in done {
-            self.completed((data >> 32) as usize, data as u32 as usize, result, replies);
+    pub fn reap(&mut self, replies: &mut Vec<Reply>) -> std::io::Result<()> {
+        loop {
+            let done: Vec<(u64, i32)> = self
+                .ring
+                .completion()
+                .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
+                .collect();
+            for (data, result) in done {
+                self.completed((data >> 32) as usize, data as u32 as usize, result, replies);
+            }
+            // More completions than the queue holds stay in the kernel, until it is entered.
+            if !self.ring.submission().cq_overflow() || !self.enter()? {
+                return Ok(());
+            }
         }
     }
 

@@ -970,7 +970,8 @@ impl Worker {
     fn reap(&mut self) {
         let Some(ring) = &mut self.ring else { return };
         let mut replies = Vec::new();
-        ring.reap(&mut replies);
+        ring.reap(&mut replies)
+            .expect("io_uring_enter on a ring of ours");
         ring.submit().expect("io_uring_enter on a ring of ours");
         for reply in replies {
             self.answer(reply);
