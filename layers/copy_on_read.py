@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
-from nbdserver.errors import ConfigError
+from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent
 from nbdserver.layer import ALLOCATION_DEPTH, Layer, Opener, finish
 from nbdserver.ranges import RangeLock
@@ -74,19 +74,22 @@ class CopyOnRead(Layer):
         """(start, stop, whether the bytes come from below the image) for ``length`` bytes, or more, up to ``end``."""
         wanted = offset + length
         while offset < wanted:
-            for run, depth in self.file.status(ALLOCATION_DEPTH, offset, end - offset):
-                stop = min(offset + run, end)
-                yield offset, stop, depth > 1
-                offset = stop
-                if offset == end:
-                    return
+            try:
+                for run, depth in self.file.status(ALLOCATION_DEPTH, offset, end - offset):
+                    stop = min(offset + run, end)
+                    yield offset, stop, depth > 1
+                    offset = stop
+            except (ImageError, RequestError, OSError):
+                if offset < wanted:
+                    raise
+                return  # what is wrong ahead is for those to hear who ask for it
 
     def _local(self, start: int, end: int) -> Iterator[Extent]:
         """Bytes that are in the image, or nowhere: the image's own, but for what is announced."""
         with self._lock:
             announced = sorted((held.start, held.stop) for held in self._announced)
         for first, stop in announced:
-            first, stop = max(first, start), min(stop, end)  # noqa: PLW2901
+            first, stop = max(first, start), min(stop, end)
             if first >= stop:
                 continue
             if start < first:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Literal
 
 from nbdserver.errors import RequestError
-from nbdserver.extent import Extent, Intent, OpenFile
+from nbdserver.extent import Extent, FileMode, Intent, OpenFile
 from nbdserver.layer import Layer, Opener
 
 
@@ -21,13 +22,19 @@ from nbdserver.layer import Layer, Opener
 class File(Layer):
     #: Where the file is.
     path: str
+    #: Through the page cache ("writeback"; "writethrough": and durable when answered; "unsafe": never made durable) or
+    #: past it ("none": O_DIRECT).
+    cache: Literal["writeback", "writethrough", "none", "unsafe"] = "writeback"
+    #: What carries out I/O that would block.
+    aio: Literal["io_uring", "threads"] = "io_uring"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._file: OpenFile | None = None
 
     def open(self, opener: Opener) -> None:
-        self._file = opener.file(self.path, read_only=opener.read_only)
+        mode = FileMode(self.cache, self.aio)
+        self._file = opener.file(self.path, read_only=opener.read_only, mode=mode)
 
     def close(self) -> None:
         if self._file is not None and self._opener is not None:
@@ -47,6 +54,10 @@ class File(Layer):
     @property
     def read_only(self) -> bool:
         return self.open_file.read_only
+
+    @property
+    def writethrough(self) -> bool:
+        return self.cache == "writethrough"
 
     @property
     def filename(self) -> str:

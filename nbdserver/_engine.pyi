@@ -36,6 +36,10 @@ class File:
     def size(self) -> int: ...
     @property
     def read_only(self) -> bool: ...
+    @property
+    def alignment(self) -> tuple[int, int] | None:
+        """(memory, block) alignment that direct I/O asks for, bytes; None where the page cache is used."""
+
     def read(self, offset: int, vector: Vector) -> None: ...
     def write(self, offset: int, vector: Vector) -> None: ...
     def zero(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None: ...
@@ -205,10 +209,13 @@ class Engine:
     def meters(self, set: Sequence[Meter]) -> int:
         """The number of a set of meters."""
 
-    def open_file(self, fd: int, name: str, read_only: bool) -> File:
-        """Take over a descriptor."""
+    def open_file(
+        self, fd: int, name: str, read_only: bool, *, direct: bool = False, unsafe: bool = False, threads: bool = False
+    ) -> File:
+        """Take over a descriptor. ``direct``: O_DIRECT; ``unsafe``: never sync; ``threads``: never the ring."""
 
-    def new_export(self, size: int, read_only: bool) -> Export: ...
+    def new_export(self, size: int, read_only: bool, *, writethrough: bool = False) -> Export:
+        """``writethrough``: every write is a write and a flush."""
     def allocate(self, length: int) -> list[Slot]:
         """Memory for a bounced request; its contents are undefined. OSError ENOMEM when even the reserve is gone."""
 

@@ -44,6 +44,14 @@ ZERO: Final = Special.ZERO
 CODE: Final = Special.CODE
 
 
+class FileMode(NamedTuple):
+    """How a file is used: ``cache`` is "writeback", "writethrough", "none" (O_DIRECT) or "unsafe" (never synced);
+    ``aio`` is "io_uring" or "threads". As QEMU's options of these names."""
+
+    cache: str = "writeback"
+    aio: str = "io_uring"
+
+
 @dataclass(frozen=True)
 class Transform:
     """What is done to bytes between a layer and the place its extent aims at; the engine runs it.

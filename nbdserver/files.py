@@ -28,7 +28,7 @@ from typing import Final
 
 from nbdserver import registry
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import Meter, MeterLimits, OpenFile
+from nbdserver.extent import FileMode, Meter, MeterLimits, OpenFile
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, STATUS_COUNT_MAX
@@ -46,6 +46,9 @@ ZERO_PIECE: Final = 1 << 20
 
 #: Discards on block devices are cut to multiples of this: every logical block size divides it.
 DISCARD_ALIGNMENT: Final = 4096
+
+#: The longest secret: what cryptsetup reads of a key file by default.
+SECRET_MAX: Final = 8 << 20
 
 #: linux/falloc.h and linux/fs.h.
 FALLOC_FL_KEEP_SIZE: Final = 0x01
@@ -271,7 +274,19 @@ def _libc() -> ctypes.CDLL:
 # -- all files -----------------------------------------------------------------------------------------------------
 
 #: Makes an open file of (descriptor, name, read_only); owns the descriptor from then on.
-Wrap = Callable[[int, str, bool], OpenFile]
+Wrap = Callable[[int, str, bool, FileMode], OpenFile]
+
+DEFAULT_MODE: Final = FileMode()
+
+
+def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
+    """A file of plain Python's: through the page cache whatever the mode, as is its durability."""
+    return PlainFile(fd, name, read_only)
+
+
+def _mode(mode: FileMode) -> str:
+    return f'cache "{mode.cache}" and aio "{mode.aio}"'
+
 
 #: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).
 Identity = tuple[str, int, int]
@@ -287,6 +302,7 @@ class _Open:
     lock: int
     path: str
     read_only: bool
+    mode: FileMode
     users: int = 1
 
 
@@ -296,7 +312,7 @@ class Files:
     A file is open for one writer, or for any number of readers, who then share one descriptor.
     """
 
-    def __init__(self, wrap: Wrap = PlainFile) -> None:
+    def __init__(self, wrap: Wrap = _plain) -> None:
         self._wrap = wrap
         self._lock = threading.Lock()
         self._open: dict[Identity, _Open] = {}
@@ -306,22 +322,27 @@ class Files:
         #: The read-only images that images named, for all who name them.
         self.images: weakref.WeakValueDictionary[tuple[Identity, str], Layer] = weakref.WeakValueDictionary()
 
-    def open(self, path: str, *, read_only: bool) -> OpenFile:
+    def open(self, path: str, *, read_only: bool, mode: FileMode = DEFAULT_MODE) -> OpenFile:
         """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
         fd = _open(path, read_only=read_only)
         try:
             with self._lock:
-                return self._enter(fd, path, read_only)
+                return self._enter(fd, path, read_only, mode)
         except BaseException:
             os.close(fd)
             raise
 
-    def _enter(self, fd: int, path: str, read_only: bool) -> OpenFile:
+    def _enter(self, fd: int, path: str, read_only: bool, mode: FileMode) -> OpenFile:
         identity = _identity(os.fstat(fd))
         known = self._open.get(identity)
         if known is not None:
             if not (read_only and known.read_only):
                 raise ImageError(_both_uses(known, read_only), path=path)
+            if mode != known.mode:
+                raise ImageError(
+                    f"is wanted with {_mode(mode)} but already open here with {_mode(known.mode)}, and shares one descriptor",
+                    path=path,
+                )
             os.close(fd)
             known.users += 1
             return known.file
@@ -331,11 +352,11 @@ class Files:
             raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=path) from error
         try:
             lock_image(lock, path, read_only=read_only)
-            file = self._wrap(fd, path, read_only)
+            file = self._wrap(fd, path, read_only, mode)
         except BaseException:
             os.close(lock)
             raise
-        self._open[identity] = _Open(file, lock, path, read_only)
+        self._open[identity] = _Open(file, lock, path, read_only, mode)
         self._identities[file] = identity
         return file
 
@@ -347,7 +368,7 @@ class Files:
         except (OSError, OverflowError) as error:
             os.close(fd)
             raise ConfigError(f"no memory of {size} bytes can be had: {error}") from error
-        return self._wrap(fd, name, False)
+        return self._wrap(fd, name, False, DEFAULT_MODE)
 
     def close(self, file: OpenFile) -> None:
         """Let one user of the file go; the last one closes it."""
@@ -447,8 +468,8 @@ class FileOpener:
         #: The images on the way from the configured one to the one that this opener opens.
         self._chain: tuple[Identity, ...] = ()
 
-    def file(self, path: str, *, read_only: bool) -> OpenFile:
-        return self._files.open(path, read_only=read_only)
+    def file(self, path: str, *, read_only: bool, mode: FileMode = DEFAULT_MODE) -> OpenFile:
+        return self._files.open(path, read_only=read_only, mode=mode)
 
     def memory(self, size: int, name: str) -> OpenFile:
         return self._files.memory(size, name)
@@ -458,6 +479,15 @@ class FileOpener:
 
     def allocate(self, length: int) -> Vector:
         return self._allocate(length)
+
+    def secret(self, *, key_file: str | None, key_env: str | None, key_fd: int | None) -> bytes:
+        sources = {"key-file": key_file, "key-env": key_env, "key-fd": key_fd}
+        given = [(key, source) for key, source in sources.items() if source is not None]
+        if len(given) != 1:
+            found = " and ".join(key for key, _ in given) or "none"
+            raise ConfigError(f"found {found}; a secret has exactly one source: {', '.join(sources)}", key="key-file")
+        key, source = given[0]
+        return _environment(str(source)) if key == "key-env" else _contents(key, source)
 
     def meter(self, limits: MeterLimits) -> Meter:
         return self._meter(limits) if self._meter is not None else _Unmetered()
@@ -495,6 +525,31 @@ class FileOpener:
             if read_only:
                 self._files.images[identity, format] = layer
             return layer
+
+
+def _environment(name: str) -> bytes:
+    """The value of an environment variable. Raises ConfigError."""
+    value = os.environb.get(os.fsencode(name))
+    if value is None:
+        raise ConfigError(f"there is no environment variable {name!r}", key="key-env")
+    return value
+
+
+def _contents(key: str, source: str | int) -> bytes:
+    """All that a file holds, or that a descriptor, which stays open, gives. Raises ConfigError."""
+    name = source if isinstance(source, str) else f"descriptor {source}"
+    try:
+        with open(source, "rb", closefd=isinstance(source, str)) as file:
+            data: bytes | None = file.read(SECRET_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}", key=key) from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} cannot be: {error}", key=key) from error
+    if data is None:
+        raise ConfigError(f"{name} does not wait for what is to be read from it", key=key)
+    if len(data) > SECRET_MAX:
+        raise ConfigError(f"{name} is longer than {SECRET_MAX} bytes, so no secret", key=key)
+    return data
 
 
 def resolve_name(name: str, named_by: str | None) -> str:

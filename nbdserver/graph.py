@@ -215,6 +215,10 @@ class Child(Layer):
         return self._layer.read_only
 
     @property
+    def writethrough(self) -> bool:
+        return self._layer.writethrough
+
+    @property
     def filename(self) -> str | None:
         return self._layer.filename
 

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, ParamSpec, Protocol
 
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, Extent, Intent, Meter, MeterLimits, OpenFile, Special
+from nbdserver.extent import CODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
 from nbdserver.request import Flag, Request, Vector
 
 Parameters = ParamSpec("Parameters")
@@ -49,7 +49,7 @@ class Opener(Protocol):
     def read_only(self) -> bool:
         """Whether the layer being opened must not be written (a read-only export, a backing file)."""
 
-    def file(self, path: str, *, read_only: bool) -> OpenFile:
+    def file(self, path: str, *, read_only: bool, mode: FileMode = FileMode()) -> OpenFile:
         """Open a regular file or block device that the *configuration* named; locks it. ConfigError, ImageError."""
 
     def memory(self, size: int, name: str) -> OpenFile:
@@ -65,6 +65,10 @@ class Opener(Protocol):
         allowed roots, names a remote protocol, closes a loop, or makes the chain too deep. ``format`` None
         means: probe (read-only images only).
         """
+
+    def secret(self, *, key_file: str | None, key_env: str | None, key_fd: int | None) -> bytes:
+        """A secret, byte for byte, from the one source given: a file, an environment variable, or an inherited
+        descriptor, which is read to its end. A layer's keys for them have these names. ConfigError."""
 
     def meter(self, limits: MeterLimits) -> Meter:
         """A meter, for extents to go through. The reference executor's never waits."""
@@ -124,6 +128,11 @@ class Layer:
         """Whether writes are refused here. By default: as the ``file`` child is."""
         file = getattr(self, "file", None)
         return file.read_only if isinstance(file, Layer) else False
+
+    @property
+    def writethrough(self) -> bool:
+        """Whether a write is to be durable when it is answered: so if any writable child says so."""
+        return any(child.writethrough for _, child in self.children() if not child.read_only)
 
     @property
     def filename(self) -> str | None:

@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any, Final
 
 from nbdserver import _engine
-from nbdserver.errors import ConfigError, NbdserverError, RequestError
-from nbdserver.extent import CODE, ZERO, Intent, MeterLimits, Transform
+from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
+from nbdserver.extent import CODE, ZERO, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, Leaf, execute, flatten
 from nbdserver.handshake import Begin, End, ExportInfo, Handshake
@@ -267,7 +267,7 @@ class Server:
         self._fault_threads_count = fault_threads
         self._effects = Effects(self._engine)
         self._graph = Graph()
-        self._files = Files(self._engine.open_file)
+        self._files = Files(self._open_file)
         self._lock = threading.Lock()
         self._exports: dict[str, Export] = {}
         self._by_id: dict[int, Export] = {}
@@ -308,7 +308,13 @@ class Server:
         try:
             read_only = read_only or layer.read_only
             info = ExportInfo(name=name, description=description, size=layer.size, read_only=read_only)
-            export = Export(name, layer, info, self._engine.new_export(layer.size, read_only), self._effects)
+            export = Export(
+                name,
+                layer,
+                info,
+                self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough),
+                self._effects,
+            )
             self._graph.subscribe(layer, export.engine_export.changed)
             with self._lock:
                 self._check_free(name, default)
@@ -331,6 +337,20 @@ class Server:
 
     def _allocate(self, length: int) -> Vector:
         return Vector(Segment(slot, 0, len(slot)) for slot in self._engine.allocate(length))
+
+    def _open_file(self, fd: int, name: str, read_only: bool, mode: FileMode) -> _engine.File:
+        try:
+            return self._engine.open_file(
+                fd,
+                name,
+                read_only,
+                direct=mode.cache == "none",
+                unsafe=mode.cache == "unsafe",
+                threads=mode.aio == "threads",
+            )
+        except OSError as error:
+            what = " with direct I/O" if mode.cache == "none" else ""
+            raise ImageError(f"cannot be used{what}: {error.strerror}", path=name) from error
 
     def _meter(self, limits: MeterLimits) -> _engine.Meter:
         *buckets, iops_size = limits

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
-from nbdserver.layer import Layer
+from nbdserver.errors import RequestError
+from nbdserver.files import FileOpener, Files
+from nbdserver.graph import Graph
+from nbdserver.layer import Layer, finish
+from nbdserver.reference import Reference
 from nbdserver.request import Flag, Operation, Registration, Request, Segment, Vector
 
 _slots = itertools.count()
@@ -41,13 +47,18 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Spy(Layer):
-    """Passes every request on to ``file``, all of them through code, and notes them in ``seen``."""
+    """Passes every request on to ``file``, all of them through code, and notes them in ``seen``.
+
+    What is in ``fails`` it refuses with that errno instead; "flush" stands for flushes, which it only counts.
+    """
 
     file: Layer
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seen: list[Seen] = []
+        self.flushes = 0
+        self.fails: dict[Operation | Literal["flush"], int] = {}
 
     @property
     def size(self) -> int:
@@ -55,6 +66,35 @@ class Spy(Layer):
 
     def read(self, request: Request) -> None:
         self.seen.append(Seen(request.operation, request.offset, request.length, request.flags))
-        getattr(self.file, request.operation.value)(request)
+        self._refuse(request.operation)
+        finish(getattr(self.file, request.operation.value)(request))
 
     write = zero = trim = read
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self._refuse("flush")
+        finish(self.file.flush())
+
+    def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        return self.file.status(context, offset, length)
+
+    def take(self, operation: Operation | None = None) -> list[Seen]:
+        """What has passed since the last time; or what of it was this operation."""
+        seen, self.seen = self.seen, []
+        return [one for one in seen if operation in (None, one.operation)]
+
+    def _refuse(self, what: Operation | Literal["flush"]) -> None:
+        if what in self.fails:
+            raise RequestError(self.fails[what], "the spy refuses")
+
+
+@contextlib.contextmanager
+def open_registered(root: Layer) -> Iterator[Reference]:
+    """`reference.open_stack`, with bounce memory that counts as registered."""
+    graph = Graph()
+    graph.open(root, FileOpener(graph, Files(), allocate=registered))
+    try:
+        yield Reference(root)
+    finally:
+        graph.close(root)

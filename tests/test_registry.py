@@ -62,7 +62,7 @@ def test_every_layer_of_the_tree_keeps_the_contract() -> None:
 
 
 def test_an_unknown_layer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"there is no layer 'memmory'; did you mean 'memory'\? There are: file, "):
+    with pytest.raises(ConfigError, match=r"there is no layer 'memmory'; did you mean 'memory'\? There are: .*file, "):
         layer_type("memmory")
 
 
@@ -214,7 +214,7 @@ def test_a_value_of_the_wrong_kind_is_refused(
 
 
 def test_an_unknown_key_is_refused_with_those_there_are(foreign: Callable[..., Foreign]) -> None:
-    with pytest.raises(ConfigError, match=r"\[export.disk\]: pth: .* did you mean 'path'\? There are: file, path, "):
+    with pytest.raises(ConfigError, match=r"\[export.disk\]: pth: .* did you mean 'path'\? There are: .*file, path, "):
         foreign(pth="x")
 
 
@@ -222,6 +222,25 @@ def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="path: missing: the layer 'file' needs a string") as caught:
         build("file", {}, Where("exports.toml", "export.disk"))
     assert (caught.value.file, caught.value.table, caught.value.key) == ("exports.toml", "export.disk", "path")
+
+
+@dataclasses.dataclass(eq=False)
+class Taken(Layer):
+    """A layer with a key whose name is taken in its class."""
+
+    children_: list[Layer]
+    size_limit_: int = 0
+
+
+def test_an_underscore_after_a_field_is_no_part_of_its_key(entry: Callable[[str], None]) -> None:
+    entry(f"taken = {__name__}:Taken")
+    child = Memory(1)
+    layer = build("taken", {"children": [child], "size-limit": 3})
+    assert isinstance(layer, Taken) and (layer.children_, layer.size_limit_) == ([child], 3)
+    assert list(layer.children()) == [("children_.0", child)]
+    with pytest.raises(ConfigError, match="children: missing"):
+        build("taken", {})
+    layer_type.cache_clear()
 
 
 def test_an_unknown_type_names_the_table() -> None:

@@ -124,6 +124,33 @@ def test_slices_are_the_same_memory() -> None:
     assert target == b"\0\0\0abc\0\0\0\0"
 
 
+@given(st.binary(max_size=200), st.binary(max_size=200), st.integers(1, 200))
+def test_the_difference_of_vectors_is_the_first_byte_that_differs(one: bytes, other: bytes, cut: int) -> None:
+    length = min(len(one), len(other))
+    here, there = Vector.of(one).slice(0, length), Vector.of(other[:cut][:length]) + Vector.of(other[:length][cut:])
+    differing = [at for at in range(length) if one[at] != other[at]]
+    assert here.difference(there) == (differing[0] if differing else None)
+    assert here.difference(Vector.of(one[:length])) is None
+
+
+@pytest.mark.parametrize("at", [0, 65_535, 65_536, 199_999])
+def test_differences_and_zeroes_in_long_vectors(at: int) -> None:
+    data = bytearray(200_000)
+    zeroes, vector = Vector.of(200_000), Vector.of(data).slice(0, 70_000) + Vector.of(memoryview(data)[70_000:])
+    assert vector.is_zero() and zeroes.difference(vector) is None
+    data[at] = 1
+    assert not vector.is_zero() and zeroes.difference(vector) == at
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 10, 11, 25])
+def test_pieces_of_a_request(length: int) -> None:
+    request = Request.write(100, Vector.of(bytes(range(length))))
+    pieces = list(request.pieces(10))
+    assert [piece.length for piece in pieces] == [10] * (length // 10) + [length % 10] * (length % 10 > 0)
+    assert b"".join(piece.vector.tobytes() for piece in pieces) == bytes(range(length))
+    assert [piece.offset for piece in pieces] == list(range(100, 100 + length, 10))
+
+
 @pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 5), (5, 0), (0, -1)])
 def test_slices_out_of_bounds_are_our_bugs(start: int, length: int) -> None:
     with pytest.raises(AssertionError):

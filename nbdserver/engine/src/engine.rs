@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use crate::export::Export;
 use crate::extents::FileId;
 use crate::fault::Faults;
-use crate::file::File;
+use crate::file::{File, Means};
 use crate::handshake::Handshakes;
 use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::record::Recorder;
-use crate::ring::Ring;
+use crate::ring::{Ring, SyncRings};
 use crate::server::Acceptor;
 use crate::threads::Threads;
 use crate::transform::Transform;
@@ -41,6 +41,14 @@ pub struct Settings {
     pub fault_threads: usize,
     pub handshake_timeout: Duration,
     pub record: Option<String>,
+}
+
+/// How a file is to be used: see `file::Means`.
+#[derive(Clone, Copy, Default)]
+pub struct Mode {
+    pub direct: bool,
+    pub unsafe_: bool,
+    pub threads: bool,
 }
 
 /// Why the engine could not start, in words.
@@ -99,7 +107,7 @@ pub struct Engine {
     pub faults: Faults,
     pub handshakes: Handshakes,
     pub inboxes: Vec<Arc<Inbox>>,
-    pub threads: Option<Threads>,
+    pub threads: Threads,
     pub handshake_timeout: Duration,
     /// Why there is no io_uring, if there is none.
     pub refused: Option<String>,
@@ -108,6 +116,7 @@ pub struct Engine {
     /// Connections open now.
     pub connections: AtomicUsize,
     recorder: Option<Arc<Recorder>>,
+    sync_rings: Option<Arc<SyncRings>>,
     rings: Mutex<Vec<Ring>>,
     running: Mutex<Vec<JoinHandle<()>>>,
     acceptor: Mutex<Option<Acceptor>>,
@@ -136,7 +145,7 @@ impl Engine {
         let mut refused = None;
         if settings.backend == Backend::Threads {
             refused = Some("the thread backend was asked for".to_owned());
-        } else if let Err((what, error)) = make_rings(&pool, settings.workers, &mut rings) {
+        } else if let Err((what, error)) = make_rings(&pool, settings.workers + 1, &mut rings) {
             if settings.backend == Backend::IoUring {
                 return Err(said(what, &error));
             }
@@ -144,10 +153,10 @@ impl Engine {
             rings.clear();
         }
         pool.set_registered(if refused.is_none() { pool.size() } else { 0 });
-        let threads = match refused {
-            None => None,
-            Some(_) => Some(Threads::start().map_err(|error| said("starting threads", &error))?),
-        };
+        let threads = Threads::start().map_err(|error| said("starting threads", &error))?;
+        let sync_rings = rings
+            .pop()
+            .map(|like| Arc::new(SyncRings::new(like, pool.clone())));
         let inboxes: Result<Vec<_>, _> = (0..settings.workers).map(|_| Inbox::new()).collect();
         let inboxes = inboxes.map_err(|error| said("eventfd", &error))?;
         Ok(Arc::new(Engine {
@@ -164,6 +173,7 @@ impl Engine {
             spilled: Arc::default(),
             connections: AtomicUsize::new(0),
             recorder,
+            sync_rings,
             rings: Mutex::new(rings),
             running: Mutex::default(),
             acceptor: Mutex::default(),
@@ -203,18 +213,17 @@ impl Engine {
         for inbox in &self.inboxes {
             inbox.close();
         }
-        if let Some(threads) = &self.threads {
-            threads.stop();
-        }
+        self.threads.stop();
         self.faults.stop();
         self.handshakes.stop();
     }
 
-    pub fn new_export(&self, size: u64, read_only: bool) -> Arc<Export> {
+    pub fn new_export(&self, size: u64, read_only: bool, writethrough: bool) -> Arc<Export> {
         Arc::new(Export::new(
             self.exports.fetch_add(1, Relaxed),
             size,
             read_only,
+            writethrough,
         ))
     }
 
@@ -223,9 +232,18 @@ impl Engine {
         fd: OwnedFd,
         name: String,
         read_only: bool,
+        mode: Mode,
     ) -> Result<Arc<File>, rustix::io::Errno> {
         let id = self.files.next.fetch_add(1, Relaxed);
-        let file = Arc::new(File::new(id, fd, name, read_only, self.recorder.clone())?);
+        let means = Means {
+            direct: mode.direct,
+            unsafe_: mode.unsafe_,
+            threads: mode.threads,
+            pool: self.pool.clone(),
+            rings: self.sync_rings.clone().filter(|_| !mode.threads),
+            recorder: self.recorder.clone(),
+        };
+        let file = Arc::new(File::new(id, fd, name, read_only, means)?);
         self.files.table.write().unwrap().insert(id, file.clone());
         Ok(file)
     }

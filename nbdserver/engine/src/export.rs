@@ -38,6 +38,8 @@ pub struct Export {
     pub id: u32,
     pub size: AtomicU64,
     pub read_only: bool,
+    /// Every write is followed by a flush before it is answered.
+    pub writethrough: bool,
     pub counters: Counters,
     /// Faults of this export on fault threads now: no export may have them all.
     pub faulting: AtomicUsize,
@@ -66,11 +68,12 @@ pub struct Place {
 }
 
 impl Export {
-    pub fn new(id: u32, size: u64, read_only: bool) -> Export {
+    pub fn new(id: u32, size: u64, read_only: bool, writethrough: bool) -> Export {
         Export {
             id,
             size: AtomicU64::new(size),
             read_only,
+            writethrough,
             counters: Counters::default(),
             faulting: AtomicUsize::new(0),
             cache: RwLock::new(Cache::new(CACHE_ENTRIES_MAX)),

@@ -8,14 +8,21 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek,
+    AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags, fallocate, fcntl_getfl,
+    fcntl_setfl, fdatasync, fstat, ftruncate, seek, statx,
 };
-use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwrite, pwritev};
+use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
+use crate::direct::{self, Alignment};
 use crate::extents::FileId;
+use crate::pool::Pool;
 use crate::record::{Operation, Recorder, Token};
+use crate::ring::SyncRings;
+use crate::serial::Serial;
 use crate::vector::Vector;
 
+/// linux/stat.h.
+const STATX_DIOALIGN: u32 = 0x2000;
 /// The kernel's bound on one vectored call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
 /// A buffered write slower than this means that the kernel is throttling writers of this file...
@@ -42,6 +49,19 @@ struct Syncs {
     failed: Option<Errno>,
 }
 
+/// How a file is used, and what its I/O needs besides the descriptor.
+pub struct Means {
+    /// O_DIRECT: past the page cache.
+    pub direct: bool,
+    /// Never sync: for what need not outlive the machine.
+    pub unsafe_: bool,
+    /// Never the ring.
+    pub threads: bool,
+    pub pool: Arc<Pool>,
+    pub rings: Option<Arc<SyncRings>>,
+    pub recorder: Option<Arc<Recorder>>,
+}
+
 pub struct File {
     pub id: FileId,
     pub name: String,
@@ -56,7 +76,11 @@ pub struct File {
     slow_until_ms: AtomicU64,
     syncs: Mutex<Syncs>,
     synced: Condvar,
-    recorder: Option<Arc<Recorder>>,
+    means: Means,
+    /// What direct I/O asks for; None where the page cache is used.
+    pub direct: Option<Alignment>,
+    /// Who writes where, for files with direct I/O.
+    pub serial: Arc<Serial>,
 }
 
 impl AsFd for File {
@@ -71,10 +95,11 @@ impl File {
         fd: OwnedFd,
         name: String,
         read_only: bool,
-        recorder: Option<Arc<Recorder>>,
+        means: Means,
     ) -> Result<File, Errno> {
+        let direct = means.direct.then(|| set_direct(&fd)).transpose()?;
         let regular = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::RegularFile;
-        if let Some(recorder) = &recorder {
+        if let Some(recorder) = &means.recorder {
             recorder.file(id, &name);
         }
         let memory = rustix::fs::fcntl_get_seals(&fd).is_ok();
@@ -91,7 +116,9 @@ impl File {
             slow_until_ms: AtomicU64::new(0),
             syncs: Mutex::default(),
             synced: Condvar::new(),
-            recorder,
+            means,
+            direct,
+            serial: Arc::default(),
         })
     }
 
@@ -104,18 +131,40 @@ impl File {
         }
     }
 
+    /// Whether the ring of a worker may carry out its I/O.
+    pub fn takes_ring(&self) -> bool {
+        !self.means.threads
+    }
+
+    /// Whether a transfer can be carried out as it is.
+    pub fn suits(&self, offset: u64, vector: &Vector, range: Range<usize>) -> bool {
+        self.direct
+            .is_none_or(|alignment| alignment.suits(offset, vector, range))
+    }
+
     /// Read into `range` of `vector`, blocking; what lies past the end of the file reads as zeroes.
     pub fn read(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
-        self.counters.reads.fetch_add(1, Relaxed);
-        self.counters.plain.fetch_add(1, Relaxed);
+        match self.direct {
+            Some(alignment) if !alignment.suits(offset, vector, range.clone()) => {
+                direct::read_padded(self, &self.means.pool, alignment, offset, vector, range)
+            }
+            _ => self.read_aligned(offset, vector, range),
+        }
+    }
+
+    /// As `read`, of what may be read as it is.
+    pub fn read_aligned(
+        &self,
+        offset: u64,
+        vector: &Vector,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
         let mut start = range.start;
         while start < range.end {
             let at = offset + (start - range.start) as u64;
-            let mut slices = vector.io_slices_mut(start..range.end);
-            let count = slices.len().min(IOV_MAX);
-            match retry(|| preadv(&self.fd, &mut slices[..count], at))? {
-                0 => {
-                    vector.zero(start..range.end);
+            match self.transfer(false, at, vector, start..range.end)? {
+                done if self.is_end(done) => {
+                    vector.zero(start + done..range.end);
                     break;
                 }
                 done => start += done,
@@ -124,10 +173,53 @@ impl File {
         Ok(())
     }
 
+    /// Whether a read that did so many bytes has met the end of the file: direct I/O stops within a block nowhere else.
+    pub fn is_end(&self, done: usize) -> bool {
+        done == 0
+            || self
+                .direct
+                .is_some_and(|alignment| !(done as u64).is_multiple_of(alignment.block))
+    }
+
+    /// One system call, or one turn of a ring, for the beginning of a range: how much it did.
+    fn transfer(
+        &self,
+        write: bool,
+        offset: u64,
+        vector: &Vector,
+        range: Range<usize>,
+    ) -> Result<usize, Errno> {
+        let counter = if write {
+            &self.counters.writes
+        } else {
+            &self.counters.reads
+        };
+        counter.fetch_add(1, Relaxed);
+        let (slot, part) = vector
+            .parts(range.clone())
+            .next()
+            .expect("bytes to transfer");
+        if let (Some(_), Some(rings)) = (self.direct, &self.means.rings)
+            && slot.registration().is_some()
+        {
+            self.counters.fixed.fetch_add(1, Relaxed);
+            return rings.transfer(write, self.fd.as_fd(), slot, part, offset);
+        }
+        self.counters.plain.fetch_add(1, Relaxed);
+        if write {
+            let slices = vector.io_slices(range);
+            retry(|| pwritev(&self.fd, &slices[..slices.len().min(IOV_MAX)], offset))
+        } else {
+            let mut slices = vector.io_slices_mut(range);
+            let count = slices.len().min(IOV_MAX);
+            retry(|| preadv(&self.fd, &mut slices[..count], offset))
+        }
+    }
+
     /// Read only what is in the page cache: the bytes read, from the start of `range`; 0 where it would block (or
     /// at the end of the file: `read` tells the two apart).
     pub fn read_nowait(&self, offset: u64, slices: &mut [IoSliceMut<'_>]) -> Result<usize, Errno> {
-        if !self.nowait.load(Relaxed) {
+        if !self.nowait.load(Relaxed) || self.direct.is_some() {
             return Ok(0);
         }
         let flags = if self.memory {
@@ -151,47 +243,75 @@ impl File {
         }
     }
 
-    /// Whether a write would rather not be made on a worker: the kernel has been holding up writers of this file.
+    /// Whether a write would rather not be made on a worker: the kernel has been holding up writers of this file, or will.
     pub fn writes_slowly(&self) -> bool {
         let until = self.slow_until_ms.load(Relaxed);
-        until != 0 && (self.epoch.elapsed().as_millis() as u64) < until
+        self.direct.is_some() || (until != 0 && (self.epoch.elapsed().as_millis() as u64) < until)
     }
 
     /// Write `range` of `vector`, blocking; the file grows as needed.
     pub fn write(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
-        self.counters.writes.fetch_add(1, Relaxed);
-        self.counters.plain.fetch_add(1, Relaxed);
-        let token = self.begin_write(offset, vector, range.clone());
         let began = Instant::now();
-        let result = self.write_all(offset, |start| {
-            vector.io_slices(range.start + start..range.end)
-        });
-        self.end(token, result);
-        let took = began.elapsed();
-        if took > SLOW_WRITE {
+        let result = match self.direct {
+            None => self.write_aligned(offset, vector, range),
+            Some(alignment) => self.write_direct(alignment, offset, vector, range),
+        };
+        if self.direct.is_none() && began.elapsed() > SLOW_WRITE {
             let until = self.epoch.elapsed() + SLOW_MEMORY;
             self.slow_until_ms.store(until.as_millis() as u64, Relaxed);
         }
         result
     }
 
-    fn write_all<'a>(
+    fn write_direct(
+        &self,
+        alignment: Alignment,
+        offset: u64,
+        vector: &Vector,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        let end = offset + range.len() as u64;
+        let blocks = alignment.pad(offset..end);
+        if alignment.suits(offset, vector, range.clone()) {
+            let _shared = self.serial.hold(blocks, false);
+            return self.write_aligned(offset, vector, range);
+        }
+        // Whoever pads past the end of the file takes the padding off again, and must not cut off what others append.
+        let beyond = blocks.end > self.size()?;
+        let held = if beyond {
+            blocks.start..u64::MAX
+        } else {
+            blocks.clone()
+        };
+        let _alone = self.serial.hold(held, true);
+        let size = self.size()?;
+        direct::write_padded(self, &self.means.pool, alignment, offset, vector, range)?;
+        if self.regular && blocks.end > size.max(end) {
+            self.resize(size.max(end))?;
+        }
+        Ok(())
+    }
+
+    /// As `write`, of what may be written as it is.
+    pub fn write_aligned(
         &self,
         offset: u64,
-        rest: impl Fn(usize) -> Vec<IoSlice<'a>>,
+        vector: &Vector,
+        range: Range<usize>,
     ) -> Result<(), Errno> {
-        let mut done = 0;
-        loop {
-            let slices = rest(done);
-            if slices.is_empty() {
-                return Ok(());
-            }
-            let count = slices.len().min(IOV_MAX);
-            match retry(|| pwritev(&self.fd, &slices[..count], offset + done as u64))? {
-                0 => return Err(Errno::NOSPC),
-                wrote => done += wrote,
+        let token = self.begin_write(offset, vector, range.clone());
+        let mut start = range.start;
+        let mut result = Ok(());
+        while start < range.end && result.is_ok() {
+            let at = offset + (start - range.start) as u64;
+            match self.transfer(true, at, vector, start..range.end) {
+                Ok(0) => result = Err(Errno::NOSPC),
+                Ok(done) => start += done,
+                Err(errno) => result = Err(errno),
             }
         }
+        self.end(token, result);
+        result
     }
 
     pub fn begin_write(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Option<Token> {
@@ -208,12 +328,12 @@ impl File {
         range: (u64, u64),
         payload: impl FnOnce() -> Vec<IoSlice<'a>>,
     ) -> Option<Token> {
-        let recorder = self.recorder.as_ref()?;
+        let recorder = self.means.recorder.as_ref()?;
         Some(recorder.begin(operation, self.id, flags, range, &payload()))
     }
 
     pub fn end(&self, token: Option<Token>, result: Result<(), Errno>) {
-        if let (Some(recorder), Some(token)) = (&self.recorder, token) {
+        if let (Some(recorder), Some(token)) = (&self.means.recorder, token) {
             recorder.end(token, result);
         }
     }
@@ -257,26 +377,42 @@ impl File {
         if no_fallback && !self.regular {
             return Err(Errno::OPNOTSUPP);
         }
-        match retry(|| fallocate(&self.fd, FallocateFlags::ZERO_RANGE, offset, length)) {
+        match self.allocate(FallocateFlags::ZERO_RANGE, offset, length) {
             Err(errno) if unsupported(errno) => {}
             result => return result,
         }
         if no_fallback {
             return Err(Errno::OPNOTSUPP);
         }
-        let zeroes = vec![0; ZERO_CHUNK.min(length as usize)];
-        self.write_all(offset, |done| {
-            let left = (length as usize - done).min(zeroes.len());
-            if left == 0 {
-                Vec::new()
-            } else {
-                vec![IoSlice::new(&zeroes[..left])]
-            }
-        })
+        self.write_zeroes(offset, length)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        let zeroes = direct::bounce(&self.means.pool, ZERO_CHUNK.min(length as usize));
+        zeroes.zero(0..zeroes.len());
+        let mut done = 0;
+        while done < length {
+            let part = (length - done).min(zeroes.len() as u64);
+            self.write(offset + done, &zeroes, 0..part as usize)?;
+            done += part;
+        }
+        Ok(())
     }
 
     fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.allocate(
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            length,
+        )
+    }
+
+    fn allocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> Result<(), Errno> {
+        // A read-modify-write of a block that the range ends in would bring back what was there.
+        let _shared = self.direct.map(|alignment| {
+            self.serial
+                .hold(alignment.pad(offset..offset + length), false)
+        });
         retry(|| fallocate(&self.fd, flags, offset, length))
     }
 
@@ -284,7 +420,7 @@ impl File {
     /// what another thread has written beyond it meanwhile.
     fn grow(&self, end: u64) -> Result<(), Errno> {
         if self.regular && self.size()? < end {
-            retry(|| pwrite(&self.fd, &[0], end - 1))?;
+            self.write_zeroes(end - 1, 1)?;
         }
         Ok(())
     }
@@ -310,6 +446,9 @@ impl File {
     /// Make every write that completed before the call durable. Those who come while a sync runs share the next
     /// one. A failed sync fails all later ones too: the kernel has dropped the pages and would report success.
     pub fn sync(&self) -> Result<(), Errno> {
+        if self.means.unsafe_ {
+            return Ok(());
+        }
         let mut syncs = self.syncs.lock().unwrap();
         let wanted = syncs.started + 1;
         loop {
@@ -382,6 +521,31 @@ impl File {
         // Advice: that it was not taken is nobody's failure.
         let _ = rustix::fs::fadvise(&self.fd, offset, length, rustix::fs::Advice::WillNeed);
     }
+}
+
+/// Where the kernel does not say what direct I/O asks for: what no device finds too small.
+const ALIGNMENT_UNKNOWN: Alignment = Alignment {
+    memory: 4096,
+    block: 4096,
+};
+
+/// Turn direct I/O on, and ask what it asks for (STATX_DIOALIGN, Linux 6.1).
+fn set_direct(fd: &OwnedFd) -> Result<Alignment, Errno> {
+    let flags = fcntl_getfl(fd)?;
+    fcntl_setfl(fd, flags | OFlags::DIRECT)?;
+    let wanted = StatxFlags::from_bits_retain(STATX_DIOALIGN);
+    let Ok(told) = statx(fd, c"", AtFlags::EMPTY_PATH, wanted) else {
+        return Ok(ALIGNMENT_UNKNOWN);
+    };
+    let (memory, block) = (
+        told.stx_dio_mem_align as usize,
+        u64::from(told.stx_dio_offset_align),
+    );
+    if told.stx_mask & STATX_DIOALIGN == 0 || !memory.is_power_of_two() || !block.is_power_of_two()
+    {
+        return Ok(ALIGNMENT_UNKNOWN);
+    }
+    Ok(Alignment { memory, block })
 }
 
 fn unsupported(errno: Errno) -> bool {

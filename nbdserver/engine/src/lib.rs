@@ -1,6 +1,7 @@
 //! The engine of nbdserver: it moves bytes. What they mean is decided in Python; this is the only file that knows Python.
 
 mod connection;
+mod direct;
 mod engine;
 mod export;
 mod extents;
@@ -15,6 +16,7 @@ mod random;
 mod record;
 mod request;
 mod ring;
+mod serial;
 mod server;
 mod threads;
 mod transfer;
@@ -37,7 +39,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice};
 use rustix::io::Errno;
 
-use crate::engine::{Backend, Settings};
+use crate::engine::{Backend, Mode, Settings};
 use crate::extents::{Piece, Target, Through};
 use crate::fault::Step;
 use crate::handshake::{Action, Said};
@@ -228,6 +230,14 @@ impl File {
     #[getter]
     fn read_only(&self) -> bool {
         self.file.read_only
+    }
+
+    /// (memory, block) alignment of direct I/O, or None.
+    #[getter]
+    fn alignment(&self) -> Option<(usize, u64)> {
+        self.file
+            .direct
+            .map(|alignment| (alignment.memory, alignment.block))
     }
 
     fn read(&self, py: Python<'_>, offset: u64, vector: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -768,10 +778,24 @@ impl Engine {
         self.engine.effects.intern_meters(&set)
     }
 
-    fn open_file(&self, fd: RawFd, name: String, read_only: bool) -> PyResult<File> {
+    #[pyo3(signature = (fd, name, read_only, *, direct=false, r#unsafe=false, threads=false))]
+    fn open_file(
+        &self,
+        fd: RawFd,
+        name: String,
+        read_only: bool,
+        direct: bool,
+        r#unsafe: bool,
+        threads: bool,
+    ) -> PyResult<File> {
+        let mode = Mode {
+            direct,
+            unsafe_: r#unsafe,
+            threads,
+        };
         let file = self
             .engine
-            .open_file(owned(fd), name, read_only)
+            .open_file(owned(fd), name, read_only, mode)
             .map_err(os_error)?;
         Ok(File {
             engine: self.engine.clone(),
@@ -779,10 +803,10 @@ impl Engine {
         })
     }
 
-    fn new_export(&self, size: u64, read_only: bool) -> Export {
-        Export {
-            export: self.engine.new_export(size, read_only),
-        }
+    #[pyo3(signature = (size, read_only, *, writethrough=false))]
+    fn new_export(&self, size: u64, read_only: bool, writethrough: bool) -> Export {
+        let export = self.engine.new_export(size, read_only, writethrough);
+        Export { export }
     }
 
     fn allocate(&self, length: usize) -> PyResult<Vec<Slot>> {

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libc::iovec;
@@ -10,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::extents::FileId;
 use crate::file::{Counters, File};
-use crate::pool::Pool;
+use crate::pool::{Pool, Slot};
 use crate::record::Token;
 use crate::request::{Body, Reply, Request};
 use crate::transfer::{Transfer, finish_read};
@@ -18,6 +20,8 @@ use crate::wire::command;
 
 /// Submission entries: more wait in `queued`.
 const ENTRIES: u32 = 256;
+/// The same of a ring on which one operation runs at a time.
+const SYNC_ENTRIES: u32 = 2;
 /// The kernel refuses a registered buffer larger than this.
 pub const BUFFER_MAX: usize = 1 << 30;
 /// Files registered at once with one ring; others are used by their descriptor.
@@ -220,7 +224,8 @@ impl Ring {
                 errno => Some(Err(errno)),
             },
             0 if *write => Some(Err(Errno::NOSPC)),
-            0 => {
+            _ if !*write && transfer.file.is_end(result as usize) => {
+                transfer.advance(result as usize);
                 request.vector.zero(transfer.range.clone());
                 Some(Ok(()))
             }
@@ -360,6 +365,92 @@ fn count(counters: &Counters, write: bool, fixed: bool) {
         &counters.plain
     };
     kind.fetch_add(1, Relaxed);
+}
+
+/// Rings for threads that block: each carries out one operation at a time, on registered buffers too.
+pub struct SyncRings {
+    /// A ring that has registered the pool.
+    like: Mutex<Ring>,
+    idle: Mutex<Vec<IoUring>>,
+    pool: Arc<Pool>,
+}
+
+impl SyncRings {
+    pub fn new(like: Ring, pool: Arc<Pool>) -> SyncRings {
+        SyncRings {
+            like: Mutex::new(like),
+            idle: Mutex::default(),
+            pool,
+        }
+    }
+
+    /// Transfer `range` of a registered slot, blocking: how much was done.
+    pub fn transfer(
+        &self,
+        write: bool,
+        file: BorrowedFd<'_>,
+        slot: &Slot,
+        range: Range<usize>,
+        offset: u64,
+    ) -> Result<usize, Errno> {
+        let idle = self.idle.lock().unwrap().pop();
+        let mut ring = match idle {
+            Some(ring) => ring,
+            None => self.another().map_err(|error| errno_of(&error))?,
+        };
+        let result = transfer_on(&mut ring, write, file, slot, range, offset);
+        self.idle.lock().unwrap().push(ring);
+        result
+    }
+
+    fn another(&self) -> std::io::Result<IoUring> {
+        let ring = IoUring::new(SYNC_ENTRIES)?;
+        let like = self.like.lock().unwrap().ring.as_raw_fd();
+        if ring.submitter().register_buffers_clone(like).is_err() {
+            register(&ring, &self.pool)?;
+        }
+        Ok(ring)
+    }
+}
+
+fn transfer_on(
+    ring: &mut IoUring,
+    write: bool,
+    file: BorrowedFd<'_>,
+    slot: &Slot,
+    range: Range<usize>,
+    offset: u64,
+) -> Result<usize, Errno> {
+    let start = slot.pool_offset().expect("a registered slot") + range.start;
+    let length = range.len() as u32;
+    let buffer = slot.slice_mut(range).as_mut_ptr();
+    let target = Target::Plain(types::Fd(file.as_raw_fd()));
+    let fixed = Some((start / BUFFER_MAX) as u16);
+    let entry = entry(write, target, buffer, length, offset, fixed);
+    loop {
+        // SAFETY: the caller lends file and memory until this returns, which is after the completion has been reaped.
+        unsafe { ring.submission().push(&entry) }.expect("an empty submission queue");
+        let mut submitted = ring.submit_and_wait(1);
+        while submitted
+            .as_ref()
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::Interrupted)
+        {
+            submitted = ring.submit_and_wait(1);
+        }
+        submitted.map_err(|error| errno_of(&error))?;
+        let completion = ring.completion().next().expect("the completion waited for");
+        match completion.result() {
+            done if done >= 0 => return Ok(done as usize),
+            error => match Errno::from_raw_os_error(-error) {
+                Errno::AGAIN | Errno::INTR => {}
+                errno => return Err(errno),
+            },
+        }
+    }
+}
+
+fn errno_of(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 /// Register the pool, in entries of at most BUFFER_MAX; entry i begins at i * BUFFER_MAX.

@@ -14,6 +14,7 @@ use crate::export::Place;
 use crate::extents::{Piece, Target, Through};
 use crate::file::File;
 use crate::request::Request;
+use crate::serial::Span;
 use crate::transform::Transform;
 use crate::users::Use;
 
@@ -27,6 +28,8 @@ pub struct Transfer {
     pub offset: u64,
     pub range: Range<usize>,
     crypt: Option<Crypt>,
+    /// Held while a ring writes with direct I/O: no read-modify-write of its blocks meanwhile.
+    span: Option<Span>,
     _usage: Option<Use>,
 }
 
@@ -60,6 +63,29 @@ impl Transfer {
             self.advance(done);
         }
         Ok(true)
+    }
+
+    /// Whether a ring can carry it out: not what direct I/O has to pad, nor a write where something is padded now.
+    pub fn takes_ring(&mut self, request: &Request, write: bool) -> bool {
+        if !self
+            .file
+            .suits(self.offset, &request.vector, self.range.clone())
+        {
+            return false;
+        }
+        if write && self.file.direct.is_some() {
+            self.span = self
+                .file
+                .serial
+                .try_share(self.offset..self.offset + self.range.len() as u64);
+            return self.span.is_some();
+        }
+        true
+    }
+
+    /// It goes to a thread after all, which holds what it needs itself.
+    pub fn leave_ring(&mut self) {
+        self.span = None;
     }
 
     pub fn advance(&mut self, done: usize) {
@@ -174,6 +200,7 @@ pub fn plan(
                     offset,
                     range: range.clone(),
                     crypt,
+                    span: None,
                     _usage: place.usage,
                 });
             }

@@ -599,7 +599,13 @@ impl Worker {
                 let vector = Vector::new(slots);
                 return Ok(Some(self.take_request(connection, header, vector, data)));
             }
-            None => wire::parse_request(bytes).map_err(|_| ())?,
+            None => {
+                let mut header = wire::parse_request(bytes).map_err(|_| ())?;
+                if export.writethrough {
+                    header.flags |= wire::flag::FUA;
+                }
+                header
+            }
         };
         let rules = Rules {
             size: export.size.load(Relaxed),
@@ -855,15 +861,20 @@ impl Worker {
     }
 
     /// What would block: to the ring, or to a thread.
-    fn offload(&mut self, request: Request, transfers: Vec<Transfer>) -> Began {
-        let Some(ring) = &mut self.ring else {
-            let threads = self.engine.threads.as_ref().expect("one of the two");
-            threads.submit(request, transfers);
+    fn offload(&mut self, request: Request, mut transfers: Vec<Transfer>) -> Began {
+        let write = request.header.command == command::WRITE;
+        let ring = self.ring.as_mut().filter(|_| {
+            let mut takes = |transfer: &mut Transfer| {
+                transfer.file.takes_ring() && transfer.takes_ring(&request, write)
+            };
+            transfers.iter_mut().all(&mut takes)
+        });
+        let Some(ring) = ring else {
+            transfers.iter_mut().for_each(Transfer::leave_ring);
+            self.engine.threads.submit(request, transfers);
             return Began::Later;
         };
-        if request.header.command == command::WRITE
-            && let Err(errno) = prepare_write(&request, &transfers)
-        {
+        if write && let Err(errno) = prepare_write(&request, &transfers) {
             return Began::Answered(request.reply(Err(errno.into())));
         }
         ring.start(request, transfers);

@@ -1,0 +1,31 @@
+"""The anti-forensic splitter: a key spread over stripes, all of which are needed to have it back.
+
+Specification: "Anti-forensic information splitting". Only merging is needed here; splitting makes key slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+
+def merge(stripes: bytes, length: int, hash: str) -> bytes:
+    """The key of ``length`` bytes that was split into ``stripes``, which are that long each."""
+    assert stripes and len(stripes) % length == 0, (len(stripes), length)
+    *spread, last = (stripes[start : start + length] for start in range(0, len(stripes), length))
+    mixed = bytes(length)
+    for stripe in spread:
+        mixed = _diffuse(_xor(mixed, stripe), hash)
+    return _xor(mixed, last)
+
+
+def _diffuse(data: bytes, hash: str) -> bytes:
+    """Each piece of a digest's length replaced by the digest of its number and itself, the last one cut to fit."""
+    size = hashlib.new(hash).digest_size
+    pieces = (data[start : start + size] for start in range(0, len(data), size))
+    digests = (hashlib.new(hash, struct.pack(">I", number) + piece).digest() for number, piece in enumerate(pieces))
+    return b"".join(digests)[: len(data)]
+
+
+def _xor(left: bytes, right: bytes) -> bytes:
+    return (int.from_bytes(left, "big") ^ int.from_bytes(right, "big")).to_bytes(len(left), "big")
