@@ -20,6 +20,10 @@ use crate::wire::{command, flag};
 /// through Python whole.
 const RESOLVES_MAX: u32 = 8;
 
+/// The longest range looked up, or asked of Python, at once: what the longest payload needs. CACHE may name 4 GiB, which
+/// can be millions of extents.
+const AT_ONCE_MAX: u64 = crate::worker::PAYLOAD_MAX as u64;
+
 /// What Python is asked to do. Ranges lie in the export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
@@ -122,11 +126,11 @@ impl Fault {
         Ok(step)
     }
 
-    /// The rest of the request's range, places for a prefix of it, and how long that prefix is.
+    /// The rest of the request's range (no more than AT_ONCE_MAX), places for a prefix of it, and how long that prefix is.
     fn look_up(&self, write: bool) -> (u64, u64, Vec<Place>, u64) {
         let request = self.request();
         let offset = request.header.offset + self.done;
-        let length = request.header.length - self.done;
+        let length = (request.header.length - self.done).min(AT_ONCE_MAX);
         let mut places = Vec::new();
         let (users, shard) = (&self.engine.users, self.engine.shard());
         let covered = if write {
@@ -200,9 +204,14 @@ impl Fault {
             .as_mut()
             .expect("a fault that has not been answered");
         let planned = plan(request, &self.engine.files, start, places, &mut transfers)?;
-        for transfer in &transfers {
-            transfer.run(request, write)?;
+        let result = transfers
+            .iter()
+            .try_for_each(|transfer| transfer.run(request, write));
+        if write {
+            request.written();
         }
+        drop(transfers);
+        result?;
         self.advanced(planned as u64);
         Ok(())
     }
@@ -257,10 +266,6 @@ impl Fault {
         let header = &request.header;
         match header.command {
             command::READ => request.finish_read(),
-            command::WRITE | command::WRITE_ZEROES | command::TRIM => {
-                request.export.written(header.offset, header.length);
-                request.finish(Ok(Body::None));
-            }
             _ => request.finish(Ok(Body::None)),
         }
     }
@@ -283,6 +288,12 @@ impl Fault {
     }
 
     fn leave(&self, request: &Request) {
+        if matches!(
+            request.header.command,
+            command::WRITE | command::WRITE_ZEROES | command::TRIM
+        ) {
+            request.written();
+        }
         request.export.faulting.fetch_sub(1, SeqCst);
         self.engine.faults.left();
     }

@@ -22,6 +22,7 @@ mod vector;
 mod wire;
 mod worker;
 
+use std::ffi::OsString;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice};
+use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice, PyString};
 use rustix::io::Errno;
 
 use crate::engine::{Backend, Settings};
@@ -533,7 +534,9 @@ impl Fault {
         py.detach(|| fault.run())
     }
 
-    fn fail(&mut self, errno: i32, message: String) {
+    fn fail(&mut self, errno: i32, message: &Bound<'_, PyString>) {
+        // A message may quote a file name, which need not be UTF-8.
+        let message = message.to_string_lossy().into_owned();
         self.fault.fail(Failure { errno, message });
     }
 
@@ -708,7 +711,9 @@ impl Engine {
         self.engine.pool.size()
     }
 
-    fn open_file(&self, fd: RawFd, name: String, read_only: bool) -> PyResult<File> {
+    fn open_file(&self, fd: RawFd, name: OsString, read_only: bool) -> PyResult<File> {
+        // File names are bytes; the engine only ever shows them.
+        let name = name.to_string_lossy().into_owned();
         let file = self
             .engine
             .open_file(owned(fd), name, read_only)

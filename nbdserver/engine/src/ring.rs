@@ -266,15 +266,13 @@ impl Flight {
             error,
             ..
         } = self;
+        if write {
+            request.written();
+        }
         drop(parts); // the places are no longer in use
         match error {
             Some(errno) => request.reply(Err(errno.into())),
-            None if write => {
-                request
-                    .export
-                    .written(request.header.offset, request.header.length);
-                request.reply(Ok(Body::None))
-            }
+            None if write => request.reply(Ok(Body::None)),
             None => request.reply_read(),
         }
     }

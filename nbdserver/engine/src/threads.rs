@@ -96,15 +96,13 @@ fn run(request: Request, transfers: Vec<Transfer>) {
     let result = transfers
         .iter()
         .try_for_each(|transfer| transfer.run(&request, write));
+    if write {
+        request.written();
+    }
     drop(transfers);
     match result {
         Err(errno) => request.finish(Err(errno.into())),
-        Ok(()) if write => {
-            request
-                .export
-                .written(request.header.offset, request.header.length);
-            request.finish(Ok(Body::None));
-        }
+        Ok(()) if write => request.finish(Ok(Body::None)),
         Ok(()) => request.finish_read(),
     }
 }
