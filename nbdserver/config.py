@@ -258,8 +258,8 @@ def _nodes(tables: Mapping[str, object], file: str) -> Mapping[str, NodeConfig]:
         if table.get("layers") is None:
             table.refuse("layers", "missing: a node is a list of layers")
         nodes[name] = NodeConfig(_as_list(table.get("layers"), where, "layers", "a list of layers"), where)
-    for node in nodes.values():
-        _Stacks(os.path.dirname(file), nodes, {}).build(node.layers, node.where)
+    for name, node in nodes.items():
+        _Stacks(os.path.dirname(file), nodes, {}).build([{"node": name}], node.where)
     return nodes
 
 

@@ -442,6 +442,10 @@ class _Unmetered:
 # -- what a layer sees ---------------------------------------------------------------------------------------------
 
 
+#: Old images name a protocol where their backing file's format belongs; QEMU takes that for raw.
+PROTOCOL_FORMATS: Final = {"file": "raw", "host_device": "raw"}
+
+
 class FileOpener:
     """`layer.Opener` for one export: what its layers may open.
 
@@ -509,7 +513,7 @@ class FileOpener:
         if len(chain) + 2 > DEPTH_MAX:  # with this image and the file that it is in
             raise ImageError(f"names {name!r}, which makes a chain deeper than {DEPTH_MAX}", path=source)
         with self._files.images_lock:
-            format = format or self._files.probe(path)
+            format = PROTOCOL_FORMATS.get(format, format) if format else self._files.probe(path)
             if read_only:
                 shared = self._files.images.get((identity, format))
                 if shared is not None:

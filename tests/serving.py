@@ -53,7 +53,7 @@ def run(*command: str | os.PathLike[str], status: int = 0, timeout: float = 120,
     done = subprocess.run(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False, **options
     )
-    output = done.stdout.decode(errors="replace")
+    output: str = done.stdout.decode(errors="replace")
     assert done.returncode == status, f"{' '.join(arguments)}: status {done.returncode}\n{output}"
     return output
 

@@ -62,7 +62,7 @@ class _Run:
         report = yield
         if report.skipped:
             report.outcome = "failed"
-            report.longrepr = f"skipped, and here nothing may be: {report.longrepr}"  # type: ignore[assignment]
+            report.longrepr = f"skipped, and here nothing may be: {report.longrepr}"
         return report
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:

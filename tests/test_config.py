@@ -461,7 +461,7 @@ def test_any_export_is_understood_or_a_config_error(values: dict[str, object]) -
     try:
         list(config._exports({"x": values}, "exports.toml", {}))
     except ConfigError as error:
-        assert str(error).startswith("exports.toml: ")  # noqa: PT017
+        assert str(error).startswith("exports.toml: ")
 
 
 # -- probing -----------------------------------------------------------------------------------------------------

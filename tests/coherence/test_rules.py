@@ -5,6 +5,7 @@ No test here depends on luck: threads are held where the rule is about to be bro
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from layers.file import File
 from layers.raw import Raw
 from nbdserver import _engine
+from nbdserver.request import Request
 from nbdserver.server import Export
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import LITTLE, PAGE, SOON, Background, Pages, stopped_at
@@ -322,6 +324,19 @@ def test_a_write_through_python_is_marked_too(stage: Stage) -> None:
     stage.pages.writing.open()
     assert stage.client.reply()[1] == 0
     assert log.take() == [(4 * PAGE, 2 * PAGE)]
+
+
+def test_a_write_that_failed_half_way_is_marked_for_what_it_did(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Request) -> None:
+        raise OSError(errno.EIO, "the storage fails")
+
+    monkeypatch.setattr(stage.pages, "write", fail)
+    stage.pages.writable.discard(1)
+    log = stage.export.engine_export.dirty_log(PAGE)
+    stage.client.request(WRITE, 0, 2 * PAGE, data=letter(10) * 2)
+    assert stage.client.reply()[1] == errno.EIO
+    assert stage.on_disk(0) == letter(10), "the first page was written in place"
+    assert log.take()[0] == (0, 2 * PAGE), "or a mirror would keep the old page"
 
 
 # -- 8. replies ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbd
 import pytest
@@ -29,7 +30,7 @@ MIB = 1 << 20
 #: States of all disks and backends together.
 STATES = amount(300, 2_000)
 
-DISKS = {
+DISKS: dict[str, dict[str, Any]] = {
     "4k": {"cluster_size": 4096},
     "64k": {"cluster_size": 65536},
     "512": {"cluster_size": 512},

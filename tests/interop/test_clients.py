@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nbd
@@ -48,37 +48,51 @@ def is_served(uri: str) -> None:
     wire.close()
 
 
-def _go(wire: Wire, *after: Callable[[Wire], None]) -> None:
-    wire.go()
-    for step in after:
+#: One thing a client does.
+Step = Callable[[Wire], object]
+
+
+def sends(data: bytes) -> Step:
+    return lambda wire: wire.send(data)
+
+
+def asks(command: int, length: int = 0, data: bytes = b"") -> Step:
+    return lambda wire: wire.request(command, 0, length, data=data)
+
+
+def option_header(length: int) -> bytes:
+    """A GO whose payload is so long."""
+    return struct.pack(">8sII", b"IHAVEOPT", OPT_GO, length)
+
+
+def walk(wire: Wire, steps: Iterable[Step]) -> None:
+    for step in steps:
         step(wire)
 
 
 #: How far a client gets before it leaves.
-STAGES: dict[str, Callable[[Wire], None]] = {
-    "connected": lambda wire: None,
-    "within its flags": lambda wire: wire.send(b"\0\0"),
-    "greeted": Wire.greet,
-    "within an option's header": lambda wire: (wire.greet(), wire.send(b"IHAVE"))[0],
-    "within an option's data": lambda wire: (wire.greet(), wire.send(b"IHAVEOPT" + struct.pack(">II", OPT_GO, 99)))[0],
-    "before the option's reply": lambda wire: (wire.greet(), wire.option(OPT_GO, struct.pack(">IH", 0, 0)))[0],
-    "in transmission": Wire.go,
-    "within a request": lambda wire: _go(wire, lambda w: w.send(b"\x25\x60\x95\x13\0")),
-    "within a payload": lambda wire: _go(wire, lambda w: w.request(WRITE, 0, 1 << 20, data=b"x" * 1000)),
-    "before a reply": lambda wire: _go(wire, lambda w: w.request(READ, 0, 1 << 20)),
-    "within a reply": lambda wire: _go(wire, lambda w: w.request(READ, 0, 8 << 20), lambda w: w.receive(1000) and None),
-    "with many requests in flight": lambda wire: _go(
-        wire, lambda w: [w.request(WRITE, i << 16, 4096, data=b"y" * 4096) for i in range(100)] and None
-    ),
-    "after DISC": lambda wire: _go(wire, lambda w: w.request(DISC)),
+STAGES: dict[str, list[Step]] = {
+    "connected": [],
+    "within its flags": [sends(b"\0\0")],
+    "greeted": [Wire.greet],
+    "within an option's header": [Wire.greet, sends(b"IHAVE")],
+    "within an option's data": [Wire.greet, sends(option_header(99))],
+    "before the option's reply": [Wire.greet, lambda wire: wire.option(OPT_GO, bytes(6))],
+    "in transmission": [Wire.go],
+    "within a request": [Wire.go, sends(b"\x25\x60\x95\x13\0")],
+    "within a payload": [Wire.go, asks(WRITE, 1 << 20, b"x" * 1000)],
+    "before a reply": [Wire.go, asks(READ, 1 << 20)],
+    "within a reply": [Wire.go, asks(READ, 8 << 20), lambda wire: wire.receive(1000)],
+    "with many requests in flight": [Wire.go, *100 * [asks(WRITE, 4096, b"y" * 4096)]],
+    "after DISC": [Wire.go, asks(DISC)],
 }
 
 
 @pytest.mark.parametrize("manner", ["close", "reset", "half-close"])
 def test_leaving_at_each_stage(server: ServerProcess, manner: str) -> None:
-    for stage, bring in STAGES.items():
+    for stage, steps in STAGES.items():
         wire = Wire(server.uri())
-        bring(wire)
+        walk(wire, steps)
         if manner == "reset":
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif manner == "half-close":
@@ -101,16 +115,13 @@ def test_what_was_sent_before_a_half_close_is_answered(server: ServerProcess) ->
     assert wire.rest() == b""
 
 
-GARBAGE: dict[str, Callable[[Wire], None]] = {
-    "instead of flags": lambda wire: wire.send(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n"),
-    "unknown client flags": lambda wire: (wire.receive(18), wire.send(b"\xff" * 4))[0] and None,
-    "instead of an option": lambda wire: (wire.greet(), wire.send(b"x" * 64))[0],
-    "an option of 4 GiB": lambda wire: (
-        wire.greet(),
-        wire.send(b"IHAVEOPT" + struct.pack(">II", OPT_GO, 0xFFFFFFFF)),
-    )[0],
-    "instead of a request": lambda wire: _go(wire, lambda w: w.send(b"x" * 4096)),
-    "a write of 4 GiB": lambda wire: _go(wire, lambda w: w.request(WRITE, 0, 0xFFFFFFFF)),
+GARBAGE: dict[str, list[Step]] = {
+    "instead of flags": [sends(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")],
+    "unknown client flags": [sends(b"\xff" * 4)],
+    "instead of an option": [Wire.greet, sends(b"x" * 64)],
+    "an option of 4 GiB": [Wire.greet, sends(option_header(0xFFFFFFFF))],
+    "instead of a request": [Wire.go, sends(b"x" * 4096)],
+    "a write of 4 GiB": [Wire.go, asks(WRITE, 0xFFFFFFFF)],
 }
 
 
@@ -121,7 +132,7 @@ def test_garbage_ends_the_connection_and_nothing_else(server: ServerProcess, wha
     wire = Wire(server.uri())
     # The server may hang up while we are still talking.
     with contextlib.suppress(ConnectionError):
-        GARBAGE[what](wire)
+        walk(wire, GARBAGE[what])
         wire.socket.shutdown(socket.SHUT_WR)
     wire.rest()
     wire.close()
@@ -191,7 +202,7 @@ def test_connections_leave_nothing_behind(server: ServerProcess) -> None:
                 is_served(server.uri())
             else:
                 wire = Wire(server.uri())
-                list(STAGES.values())[number % len(STAGES)](wire)
+                walk(wire, list(STAGES.values())[number % len(STAGES)])
                 wire.close()
 
     visit(100)  # what is taken once and kept
@@ -211,7 +222,7 @@ def test_a_signal_finishes_what_was_accepted(server: ServerProcess, disk: Path, 
     """Every write that is answered is in the image; the server ends by itself, with success."""
     wire = Wire(server.uri())
     wire.go()
-    answered = {}
+    answered: dict[int, int] = {}
     stopped = threading.Event()
     # Fewer in flight than there are places, so that writes to one place never overlap.
     room = threading.Semaphore(128)

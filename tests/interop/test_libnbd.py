@@ -290,14 +290,14 @@ def test_options_by_hand(nbd_server: NbdServers, disk: Path, backend: str) -> No
     handle.set_full_info(True)
     handle.connect_uri(uri)
     listed: list[str] = []
-    handle.opt_list(lambda name, _description: listed.append(name) or 0)
+    handle.opt_list(lambda name, _description: listed.append(name))
     assert listed == ["disk"]
     handle.opt_info()
     assert handle.get_size() == SIZE
     assert handle.get_canonical_export_name() == "disk"
     contexts: list[str] = []
     handle.add_meta_context("base:")
-    handle.opt_list_meta_context(lambda name: contexts.append(name) or 0)
+    handle.opt_list_meta_context(contexts.append)
     assert contexts == ["base:allocation"]
     handle.set_export_name("missing")
     with pytest.raises(nbd.Error):

@@ -103,7 +103,7 @@ def _target(directory: Path, kind: str) -> Layer:
         path = directory / "target.raw"
         path.write_bytes(b"g" * (SIZE + 777))
         return Raw(File(str(path)))
-    options = {"cluster_size": "2M"} if kind == "qcow2-2M" else {}
+    options: dict[str, Any] = {"cluster_size": "2M"} if kind == "qcow2-2M" else {}
     return Qcow2(File(str(create(directory / "target.qcow2", SIZE + 512, **options))))
 
 
@@ -129,9 +129,9 @@ def test_two_points_in_time(disk: File) -> None:
 def test_the_snapshot_is_read_only(disk: File) -> None:
     with opened(disk) as ends:
         assert ends.snap.root.read_only
-        for change in (lambda: ends.snap.write(0, b"x"), lambda: ends.snap.zero(0, 1), lambda: ends.snap.trim(0, 1)):
+        for request in (Request.write(0, Vector.of(1)), Request.zero(0, 1), Request.trim(0, 1)):
             with pytest.raises(RequestError) as caught:
-                change()
+                ends.snap.execute(request)
             assert caught.value.errno == errno.EPERM
         ends.snap.flush()
 
@@ -239,9 +239,9 @@ def test_break_guest_write_fails_the_write_and_keeps_the_snapshot(disk: File) ->
     target = Coded(Memory(SIZE))
     with opened(disk, target) as ends:
         target.failure = RequestError(errno.ENOSPC, "full")
-        for change in (lambda: ends.live.write(10, b"x"), lambda: ends.live.zero(0, CLUSTER)):
+        for request in (Request.write(10, Vector.of(1)), Request.zero(0, CLUSTER)):
             with pytest.raises(RequestError) as caught:
-                change()
+                ends.live.execute(request)
             assert caught.value.errno == errno.ENOSPC
         assert ends.live.read(0, SIZE) == ends.snap.read(0, SIZE) == BEFORE
         target.failure = None

@@ -12,6 +12,7 @@ import pytest
 
 from layers.file import File
 from layers.qcow2 import Qcow2
+from layers.qcow2.order import Retired
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.reference import Reference, open_stack
 from tests.serving import content, create, qemu_io, run
@@ -360,3 +361,27 @@ def test_copied_flags_in_a_table_that_a_snapshot_shares_are_not_believed(image: 
         disk.zero(5 * CLUSTER + 1, 100)
     run("qemu-img", "snapshot", "-a", "s", image)
     assert content(image)[: 16 * CLUSTER] == b"\1" * 16 * CLUSTER
+
+
+def test_a_cluster_that_two_entries_name_is_not_freed_twice(image: Path) -> None:
+    """Both are let go of before either is free; then it is taken once, not twice."""
+    _poke_number(image, _l2(image, 1), _number(image, _l2(image, 0)))
+    layer = Qcow2(File(str(image)))
+    with open_stack(layer) as disk:
+        disk.write(50 * CLUSTER, b"x")  # the search for free clusters has come by
+        order = layer.writer._order
+        release = order._release
+
+        def between(retired: list[Retired]) -> None:
+            disk.trim(CLUSTER, CLUSTER)
+            release(retired)
+
+        disk.trim(0, CLUSTER)
+        order._release = between  # type: ignore[method-assign]
+        disk.flush()
+        order._release = release  # type: ignore[method-assign]
+        disk.flush()
+        for index in range(100, 110):
+            disk.write(index * CLUSTER, bytes([index]) * CLUSTER)
+        for index in range(100, 110):
+            assert disk.read(index * CLUSTER, CLUSTER) == bytes([index]) * CLUSTER

@@ -72,7 +72,7 @@ class Stage:
         return next(iter(self.layer.resolve(cluster * CLUSTER, 1, Intent.WRITE))).writable
 
     def counters(self, export: str) -> dict[str, int]:
-        return self.server.stats()["exports"][export]
+        return self.server._exports[export].counters()
 
 
 @pytest.fixture

@@ -24,6 +24,10 @@ const RESOLVES_MAX: u32 = 8;
 /// How long a fault thread sleeps for a meter before it looks again whether the export is being drained.
 const METER_PAUSE_MAX: Duration = Duration::from_millis(50);
 
+/// The longest range looked up, or asked of Python, at once: what the longest payload needs. CACHE may name 4 GiB, which
+/// can be millions of extents.
+const AT_ONCE_MAX: u64 = crate::worker::PAYLOAD_MAX as u64;
+
 /// What Python is asked to do. Ranges lie in the export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
@@ -128,11 +132,11 @@ impl Fault {
         Ok(step)
     }
 
-    /// The rest of the request's range, places for a prefix of it, and how long that prefix is.
+    /// The rest of the request's range (no more than AT_ONCE_MAX), places for a prefix of it, and how long that prefix is.
     fn look_up(&self, write: bool) -> (u64, u64, Vec<Place>, u64) {
         let request = self.request();
         let offset = request.header.offset + self.done;
-        let length = request.header.length - self.done;
+        let length = (request.header.length - self.done).min(AT_ONCE_MAX);
         let mut places = Vec::new();
         let (users, shard) = (&self.engine.users, self.engine.shard());
         let covered = if write {
@@ -281,10 +285,6 @@ impl Fault {
         let header = &request.header;
         match header.command {
             command::READ => request.finish_read(),
-            command::WRITE | command::WRITE_ZEROES | command::TRIM => {
-                request.export.written(header.offset, header.length);
-                request.finish(Ok(Body::None));
-            }
             _ => request.finish(Ok(Body::None)),
         }
     }
@@ -307,6 +307,12 @@ impl Fault {
     }
 
     fn leave(&self, request: &Request) {
+        if matches!(
+            request.header.command,
+            command::WRITE | command::WRITE_ZEROES | command::TRIM
+        ) {
+            request.written();
+        }
         request.export.faulting.fetch_sub(1, SeqCst);
         self.engine.faults.left();
     }

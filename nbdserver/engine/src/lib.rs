@@ -26,6 +26,7 @@ mod vector;
 mod wire;
 mod worker;
 
+use std::ffi::OsString;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -36,7 +37,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice};
+use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice, PyString};
 use rustix::io::Errno;
 
 use crate::engine::{Backend, Mode, Settings};
@@ -578,7 +579,9 @@ impl Fault {
         py.detach(|| fault.run())
     }
 
-    fn fail(&mut self, errno: i32, message: String) {
+    fn fail(&mut self, errno: i32, message: &Bound<'_, PyString>) {
+        // A message may quote a file name, which need not be UTF-8.
+        let message = message.to_string_lossy().into_owned();
         self.fault.fail(Failure { errno, message });
     }
 
@@ -782,7 +785,7 @@ impl Engine {
     fn open_file(
         &self,
         fd: RawFd,
-        name: String,
+        name: OsString,
         read_only: bool,
         direct: bool,
         r#unsafe: bool,
@@ -793,6 +796,8 @@ impl Engine {
             unsafe_: r#unsafe,
             threads,
         };
+        // File names are bytes; the engine only ever shows them.
+        let name = name.to_string_lossy().into_owned();
         let file = self
             .engine
             .open_file(owned(fd), name, read_only, mode)

@@ -277,15 +277,13 @@ impl Flight {
             None if write => Ok(()),
             None => finish_read(&request, &transfers),
         };
+        if write {
+            request.written();
+        }
         drop(transfers); // the places are no longer in use
         match result {
             Err(errno) => request.reply(Err(errno.into())),
-            Ok(()) if write => {
-                request
-                    .export
-                    .written(request.header.offset, request.header.length);
-                request.reply(Ok(Body::None))
-            }
+            Ok(()) if write => request.reply(Ok(Body::None)),
             Ok(()) => request.reply_read(),
         }
     }

@@ -8,12 +8,15 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with, sockopt};
+use rustix::process::{Resource, getrlimit};
 
 use crate::engine::Engine;
 use crate::worker::Message;
 
 /// How long to wait when the process is out of descriptors: the pending connection stays in the backlog.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// Connections at once, where the limit on descriptors allows as many: each may hold some MiB of requests and replies.
+const CONNECTIONS_MAX: usize = 4096;
 /// The default send buffer stalls large replies.
 const SEND_BUFFER: usize = 2 << 20;
 
@@ -40,6 +43,7 @@ impl Acceptor {
 }
 
 fn accept_all(engine: &Engine, listeners: &[OwnedFd], stop: &OwnedFd) {
+    let connections_max = connections_max();
     loop {
         let mut fds: Vec<PollFd<'_>> = listeners
             .iter()
@@ -55,16 +59,26 @@ fn accept_all(engine: &Engine, listeners: &[OwnedFd], stop: &OwnedFd) {
         }
         for (listener, polled) in listeners.iter().zip(&fds) {
             if !polled.revents().is_empty() {
-                accept_one(engine, listener);
+                accept_one(engine, listener, connections_max);
             }
         }
     }
 }
 
-fn accept_one(engine: &Engine, listener: &OwnedFd) {
+/// How many connections may be open: half of the descriptors, as images need some too.
+fn connections_max() -> usize {
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(descriptors / 2).map_or(CONNECTIONS_MAX, |half| half.min(CONNECTIONS_MAX))
+}
+
+fn accept_one(engine: &Engine, listener: &OwnedFd, connections_max: usize) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     match acceptfrom_with(listener, flags) {
         Ok((socket, address)) => {
+            let open: usize = engine.inboxes.iter().map(|inbox| inbox.connections()).sum();
+            if open >= connections_max {
+                return; // hung up on, rather than left to wait for nobody knows what
+            }
             // Both are for speed; a socket that refuses them works all the same.
             let _ = sockopt::set_tcp_nodelay(&socket, true);
             let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);

@@ -97,12 +97,7 @@ fn run(request: Request, transfers: Vec<Transfer>) {
     drop(transfers);
     match result {
         Err(errno) => request.finish(Err(errno.into())),
-        Ok(()) if write => {
-            request
-                .export
-                .written(request.header.offset, request.header.length);
-            request.finish(Ok(Body::None));
-        }
+        Ok(()) if write => request.finish(Ok(Body::None)),
         Ok(()) => request.finish_read(),
     }
 }

@@ -131,19 +131,21 @@ pub fn finish_read(request: &Request, transfers: &[Transfer]) -> Result<(), Errn
     Ok(())
 }
 
-/// Carry out transfers, blocking.
+/// Carry out transfers, blocking. A write is noted as such even if it fails: it may have been done in part; and before its
+/// places count as unused: who waits for that may rely on it.
 pub fn run_all(request: &Request, transfers: &[Transfer], write: bool) -> Result<(), Errno> {
-    if write {
-        prepare_write(request, transfers)?;
+    if !write {
+        transfers
+            .iter()
+            .try_for_each(|transfer| transfer.run(request, write))?;
+        return finish_read(request, transfers);
     }
-    transfers
+    prepare_write(request, transfers)?;
+    let result = transfers
         .iter()
-        .try_for_each(|transfer| transfer.run(request, write))?;
-    if write {
-        Ok(())
-    } else {
-        finish_read(request, transfers)
-    }
+        .try_for_each(|transfer| transfer.run(request, write));
+    request.written();
+    result
 }
 
 /// Whether a piece, which begins at `start` of a request's memory, is not for transfers: CODE, or part of a sector under

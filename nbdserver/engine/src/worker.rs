@@ -854,9 +854,6 @@ impl Worker {
         }
         let result = run_all(&request, &transfers, true);
         drop(transfers);
-        if result.is_ok() {
-            request.export.written(offset, length);
-        }
         Began::Answered(request.reply(result.map(|()| Body::None).map_err(Into::into)))
     }
 
