@@ -273,7 +273,7 @@ def _libc() -> ctypes.CDLL:
 
 # -- all files -----------------------------------------------------------------------------------------------------
 
-#: Makes an open file of (descriptor, name, read_only); owns the descriptor from then on.
+#: Makes an open file of (descriptor, name, read_only, mode); owns the descriptor, also if it fails.
 Wrap = Callable[[int, str, bool, FileMode], OpenFile]
 
 DEFAULT_MODE: Final = FileMode()
@@ -325,14 +325,11 @@ class Files:
     def open(self, path: str, *, read_only: bool, mode: FileMode = DEFAULT_MODE) -> OpenFile:
         """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
         fd = _open(path, read_only=read_only)
-        try:
-            with self._lock:
-                return self._enter(fd, path, read_only, mode)
-        except BaseException:
-            os.close(fd)
-            raise
+        with self._lock, contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            return self._enter(fd, path, read_only, mode, undo)
 
-    def _enter(self, fd: int, path: str, read_only: bool, mode: FileMode) -> OpenFile:
+    def _enter(self, fd: int, path: str, read_only: bool, mode: FileMode, undo: contextlib.ExitStack) -> OpenFile:
         identity = _identity(os.fstat(fd))
         known = self._open.get(identity)
         if known is not None:
@@ -340,18 +337,18 @@ class Files:
                 raise ImageError(_both_uses(known, read_only), path=path)
             if mode != known.mode:
                 raise ImageError(
-                    f"is wanted with {_mode(mode)} but already open here with {_mode(known.mode)}, and shares one descriptor",
-                    path=path,
+                    f"is wanted with {_mode(mode)} but already open here with {_mode(known.mode)}", path=path
                 )
-            os.close(fd)
             known.users += 1
             return known.file
         try:
             lock = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=path) from error
+        undo.callback(os.close, lock)
+        lock_image(lock, path, read_only=read_only)
+        undo.pop_all()
         try:
-            lock_image(lock, path, read_only=read_only)
             file = self._wrap(fd, path, read_only, mode)
         except BaseException:
             os.close(lock)
@@ -547,7 +544,7 @@ def _contents(key: str, source: str | int) -> bytes:
             data: bytes | None = file.read(SECRET_MAX + 1)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}", key=key) from error
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, TypeError) as error:  # no path, or no int that a descriptor can be
         raise ConfigError(f"{name} cannot be: {error}", key=key) from error
     if data is None:
         raise ConfigError(f"{name} does not wait for what is to be read from it", key=key)

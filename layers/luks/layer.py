@@ -92,29 +92,26 @@ class Luks(Layer):
         if self._transform is None or intent is Intent.ZERO:
             yield Extent(self._size - offset, CODE)
             return
+        # What begins or ends within a sector the engine leaves to `read` and `write`.
         for start, end, is_withheld in self._spans(offset):
-            if start % SECTOR or (is_withheld and intent is Intent.WRITE):
+            if is_withheld and intent is Intent.WRITE:
                 yield Extent(end - start, CODE)
             else:
                 place = self._payload_offset + start
                 yield Extent(end - start, self.file, place, writable=not is_withheld, through=self._transform)
 
     def _spans(self, start: int) -> Iterator[tuple[int, int, bool]]:
-        """(start, end, whether it is withheld) from ``start`` to the end of the disk, the first one up to a sector's
-        begin if it has none."""
-        aligned = _up(start)
-        if start < aligned:
-            yield start, aligned, True
+        """(start, end, whether it is withheld) from ``start`` to the end of the disk."""
         with self._lock:
             withheld = sorted(self._withheld_ranges)
         for begin, end in withheld:
-            if aligned < begin:
-                yield aligned, begin, False
-            if aligned < end:
-                yield max(aligned, begin), end, True
-                aligned = end
-        if aligned < self._size:
-            yield aligned, self._size, False
+            if start < begin:
+                yield start, begin, False
+            if start < end:
+                yield max(start, begin), end, True
+                start = end
+        if start < self._size:
+            yield start, self._size, False
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if child is not self.file:

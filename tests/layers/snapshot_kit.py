@@ -42,17 +42,25 @@ def opened(file: Layer, target: Layer | None = None, **keys: Any) -> Iterator[En
         yield Ends(live, snap, layer)
 
 
+class FirstGate(Gate):
+    """Holds only the first thread that comes once it has been closed."""
+
+    def pass_through(self) -> None:
+        if not self._reached.is_set():
+            super().pass_through()
+
+
 @dataclasses.dataclass(eq=False)
 class Coded(Layer):
-    """The bytes of ``file``, through code only: who reads or changes it at ``gated`` offsets passes ``reading`` or
-    ``writing``, and meets ``failure``."""
+    """The bytes of ``file``, through code only: who reads, changes it or asks its status at ``gated`` offsets passes
+    ``reading``, ``writing`` or ``asking``, and meets ``failure``."""
 
     file: Layer
     gated: range = range(1 << 62)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reading, self.writing = Gate(), Gate()
+        self.reading, self.writing, self.asking = FirstGate(), FirstGate(), FirstGate()
         self.failure: Exception | None = None
         self.flushes = 0
 
@@ -64,26 +72,30 @@ class Coded(Layer):
         return ((offset, length),)
 
     def read(self, request: Request) -> None:
-        self._pass(self.reading, request)
+        self._pass(self.reading, request.offset)
         self.file.read(request)
 
     def write(self, request: Request) -> None:
-        self._pass(self.writing, request)
+        self._pass(self.writing, request.offset)
         self.file.write(request)
 
     def zero(self, request: Request) -> None:
-        self._pass(self.writing, request)
+        self._pass(self.writing, request.offset)
         self.file.zero(request)
 
     def trim(self, request: Request) -> None:
-        self._pass(self.writing, request)
+        self._pass(self.writing, request.offset)
         self.file.trim(request)
 
     def flush(self) -> None:
         self.flushes += 1
 
-    def _pass(self, gate: Gate, request: Request) -> None:
-        if request.offset in self.gated:
+    def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        self._pass(self.asking, offset)
+        return self.file.status(context, offset, length)
+
+    def _pass(self, gate: Gate, offset: int) -> None:
+        if offset in self.gated:
             gate.pass_through()
             if self.failure is not None:
                 raise self.failure

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from layers.qcow2 import Qcow2
 from layers.raw import Raw
 from layers.snapshot_access import SnapshotAccess
 from nbdserver.errors import ConfigError, RequestError
-from nbdserver.extent import CODE, Intent
+from nbdserver.extent import CODE, Extent, Intent, Meter, Transform
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, execute
 from nbdserver.layer import STATE_HOLE, STATE_ZERO, Layer
@@ -69,7 +71,7 @@ def test_the_guest_sees_its_changes_and_the_snapshot_does_not(
 def test_random_changes(tmp_path: Path, disk: File, target: str, file: str, cluster: int) -> None:
     live: Layer = disk
     if file != "raw":
-        options = {"cluster_size": 512} if file == "qcow2-512" else {}
+        options: dict[str, Any] = {"cluster_size": 512} if file == "qcow2-512" else {}
         base = tmp_path / "base.qcow2"
         run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", disk.path, base)
         live = Qcow2(File(str(create(tmp_path / "live.qcow2", SIZE, backing=base, **options))))
@@ -387,18 +389,62 @@ def test_a_snapshot_read_of_a_place_is_waited_for(disk: File, operation: str) ->
 def test_a_status_is_not_mixed_with_a_change(disk: File) -> None:
     """Or a client would skip, as holes, what the guest has only now zeroed."""
     slow = Coded(disk)
-    with opened(slow, Memory(SIZE)) as ends:
-        with ends.layer._held(0, 1):  # as one does who asks
-            zero = Background(ends.live.zero, 0, CLUSTER)
-            assert not zero.is_done()
-            assert ends.live.read(0, CLUSTER) == BEFORE[:CLUSTER]
+    with opened(slow) as ends:
+        slow.asking.close()
+        found: list[tuple[int, int]] = []
+        asking = Background(lambda: found.extend(ends.snap.status(0, CLUSTER)))
+        slow.asking.wait_reached()
+        zero = Background(ends.live.zero, 0, CLUSTER, Flag.MAY_UNMAP)
+        assert not zero.is_done(), "somebody is being told what is there"
+        slow.asking.open()
+        asking.finish()
         zero.finish()
+        assert found == [(CLUSTER, 0)]
 
 
 def _change(operation: str, offset: int) -> Request:
     if operation == "write":
         return Request.write(offset, Vector.of(b"new"))
     return getattr(Request, operation)(offset, 3)  # type: ignore[no-any-return]
+
+
+# -- what lies between the disk and its file -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class Through(Layer):
+    """The bytes of ``file``, by way of ``effect``."""
+
+    file: Layer
+    effect: Transform | Meter
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
+        return (Extent(self.size - offset, self.file, offset, True, self.effect),)
+
+
+class Free:
+    def charge(self, length: int, write: bool) -> None:
+        """Whatever it is."""
+
+
+def test_a_transform_below_is_the_snapshots_too_where_positions_are_the_same(disk: File) -> None:
+    cipher = Transform("aes-xts-plain64", bytes(64))
+    with opened(Through(disk, cipher)) as ends:
+        [extent] = ends.snap.root.resolve(CLUSTER, 512, Intent.READ)
+        assert extent == Extent(SIZE - CLUSTER, disk.open_file, CLUSTER, False, cipher)
+    with opened(Raw(Through(disk, cipher), offset=CLUSTER)) as ends:
+        [extent] = ends.snap.root.resolve(0, 512, Intent.READ)
+        assert extent.target is CODE
+
+
+def test_a_meter_below_is_charged_by_code(disk: File) -> None:
+    with opened(Through(disk, Free())) as ends:
+        assert [extent.target for extent in ends.snap.root.resolve(0, 512, Intent.READ)] == [CODE]
+        assert ends.snap.read(0, SIZE) == BEFORE
 
 
 # -- the registered-buffer flag --------------------------------------------------------------------------------------

@@ -108,16 +108,17 @@ def _goes_both_ways(path: Path) -> None:
     expected = bytearray(content(path))
     assert expected[4096:4608] == b"\x22" * 512
     header = path.read_bytes()[: -len(expected)]
+    size = len(expected)
     with open_stack(luks(path)) as export:
-        assert export.size == len(expected) == MIB
-        assert export.read(0, MIB) == expected
+        assert export.size == size >= MIB
+        assert export.read(0, size) == expected
         assert export.read(4095, 514) == b"\x11" + b"\x22" * 512 + b"\x11"
-        for offset, data in ((0, os.urandom(8 * KIB)), (10_001, b"part"), (511, os.urandom(200_001)), (MIB - 1, b"e")):
+        for offset, data in ((0, os.urandom(8 * KIB)), (10_001, b"part"), (511, os.urandom(200_001)), (size - 1, b"e")):
             export.write(offset, data)
             expected[offset : offset + len(data)] = data
         export.zero(700_000, 70_000)
         expected[700_000:770_000] = bytes(70_000)
-        assert export.read(0, MIB) == expected
+        assert export.read(0, size) == expected
     assert content(path) == expected
     assert path.read_bytes()[: len(header)] == header
 
@@ -135,7 +136,6 @@ def test_what_qemu_does_not_read_but_cryptsetup_makes(tmp_path: Path) -> None:
 
 def test_the_header_in_an_image_of_its_own(tmp_path: Path) -> None:
     disk, header = tmp_path / "disk", tmp_path / "header"
-    header.touch()
     disk.write_bytes(bytes(256 * KIB))
     options = ("--batch-mode", "--type", "luks1", "--pbkdf-force-iterations", "1000", "--header", str(header))
     run("cryptsetup", "luksFormat", *options, disk, secret(tmp_path))
@@ -226,8 +226,7 @@ def test_where_a_passphrase_may_be(image: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (b"wrong", "passphrase$"),
         (b"", "passphrase, which is empty$"),
-        (PASSPHRASE + b"\n", "which ends in a newline"),
-        (PASSPHRASE + b"\0", "passphrase$"),
+        (PASSPHRASE + b"\n", "passphrase, which ends in a newline"),
     ],
 )
 def test_a_wrong_passphrase_says_so(passphrase: bytes, hint: str, image: Path) -> None:
@@ -426,8 +425,6 @@ def test_aes_xts_is_a_transform(image: Path) -> None:
             assert (leaf.transform.cipher, leaf.transform.sector_size) == ("aes-xts-plain64", 512)
             assert (leaf.length, leaf.offset, leaf.position) == (256 * KIB - 1024, 2 * MIB + 1024, 1024)
             assert leaf.writable
-            head, rest = flatten(layer, 1000, 512, intent)
-            assert (head.target, head.length, rest.position) == (CODE, 24, 1024)
         assert [leaf.target for leaf in flatten(layer, 0, 512, Intent.ZERO)] == [CODE]
         assert "key=" not in repr(leaf.transform)
 

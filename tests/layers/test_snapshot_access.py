@@ -18,12 +18,13 @@ from nbdserver.errors import ConfigError
 from nbdserver.extent import Intent
 from nbdserver.graph import execute
 from nbdserver.reference import open_stack
-from nbdserver.request import Request, Vector
+from nbdserver.request import Operation, Request, Vector
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import SOON, Background, stopped_at
 from tests.interop.wire import READ, WRITE, Wire
 from tests.oracle.model import Kind, Model
 from tests.oracle.storm import Storm, Weather
+from tests.registered import Spy
 from tests.serving import SEED, amount, backend, check, content, create, qemu_io, run
 
 __all__ = ["backend"]
@@ -189,11 +190,20 @@ def test_the_snapshot_is_read_with_no_python_where_it_is_known(stage: Stage) -> 
     assert counters["read_calls"] == 0
 
 
-def test_copied_data_goes_through_registered_memory(stage: Stage) -> None:
-    if stage.server.backend != "io_uring":
-        return  # threads register nothing
-    vector = stage.layer.allocate(CLUSTER)
-    assert vector.registered
+def test_the_flag_is_kept_from_the_socket_to_both_files(nbd_server: NbdServers, backend: str) -> None:
+    file, target = Spy(Memory(CLUSTER)), Spy(Memory(CLUSTER))
+    layer = CopyBeforeWrite(file, target)
+    server, address = nbd_server.start(layer, name="live", backend=backend)
+    server.export("snap", SnapshotAccess(layer))
+    live, snap = connect(address), connect(str(uri.parse(address).with_export("snap")))
+    ask(snap, 0)
+    live.request(WRITE, 5, 3, data=b"new")
+    assert live.reply()[1] == 0
+    assert ask(snap, 0) == bytes(CLUSTER)
+    seen = [seen.operation for seen in (*file.seen, *target.seen)]
+    assert seen == [Operation.READ, Operation.READ, Operation.WRITE, Operation.WRITE, Operation.READ]
+    # Threads register nothing, so there is nothing to keep.
+    assert {seen.is_registered for seen in (*file.seen, *target.seen)} == {backend == "io_uring"}
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,207 @@
+"""Direct I/O: padding, read-modify-write, fixed buffers; on a file, and on a device of 4096-byte sectors."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbd
+import pytest
+
+from layers.file import File
+from layers.qcow2 import Qcow2
+from nbdserver import _engine
+from nbdserver.server import Server
+from nbdserver.testing import NbdServers
+from tests.coherence.pages import SOON, Background, stopped_at
+from tests.serving import SEED, amount, backend, check, create, run
+
+__all__ = ["backend"]
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 8 * MIB
+
+
+@contextlib.contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    """A block device on a file, with sectors of 4096 bytes."""
+    device = run("losetup", "--find", "--show", "--sector-size", "4096", path).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@pytest.fixture(params=["file", "loop"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(SEED).randbytes(SIZE))
+    if request.param == "file":
+        yield str(path)
+        return
+    with loop_device(path) as device:
+        yield device
+
+
+def connect(uri: str) -> nbd.NBD:
+    handle = nbd.NBD()
+    handle.set_strict_mode(0)
+    handle.connect_uri(uri)
+    return handle
+
+
+def engine_file(server: Server) -> _engine.File:
+    """The file that the stack of the only export ends at."""
+    layer = server._exports[""].root
+    while not isinstance(layer, File):
+        layer = layer.file.layer  # type: ignore[attr-defined]
+    assert isinstance(layer.open_file, _engine.File)
+    return layer.open_file
+
+
+def test_a_range_of_any_offset_and_length(nbd_server: NbdServers, disk: str, backend: str) -> None:
+    dice = random.Random(SEED)
+    server, uri = nbd_server.start(File(path=disk, cache="none"), backend=backend)
+    alignment = engine_file(server).alignment
+    assert alignment is not None
+    handle = connect(uri)
+    model = bytearray(handle.pread(SIZE, 0))
+    assert bytes(model) == random.Random(SEED).randbytes(SIZE)
+    for _ in range(amount(150, 2000)):
+        length = min(SIZE, max(1, int(MIB ** dice.random())))
+        offset = dice.randrange(SIZE - length + 1)
+        kind = dice.random()
+        if kind < 0.4:
+            assert handle.pread(length, offset) == model[offset : offset + length]
+        elif kind < 0.8:
+            data = dice.randbytes(length)
+            handle.pwrite(data, offset)
+            model[offset : offset + length] = data
+        else:
+            handle.zero(length, offset, dice.choice([0, nbd.CMD_FLAG_NO_HOLE]))
+            model[offset : offset + length] = bytes(length)
+    assert handle.pread(SIZE, 0) == model
+    handle.flush()
+
+
+def test_neighbours_in_one_block_do_not_undo_each_other(nbd_server: NbdServers, disk: str, backend: str) -> None:
+    """Clients that write every fourth part of a block each, whole blocks now and then, and zeroes."""
+    uri = nbd_server(File(path=disk, cache="none"), backend=backend)
+    span, part = MIB, 100
+    expected = bytearray(connect(uri).pread(span, 0))
+
+    def client(number: int) -> None:
+        dice = random.Random(SEED + number)
+        handle = connect(uri)
+        for _ in range(amount(150, 1500)):
+            offset = dice.randrange(span // (4 * part)) * 4 * part + number * part
+            if dice.random() < 0.2:
+                handle.zero(part, offset)
+                expected[offset : offset + part] = bytes(part)
+            else:
+                data = dice.randbytes(part)
+                handle.pwrite(data, offset)
+                expected[offset : offset + part] = data
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert connect(uri).pread(span, 0) == expected
+
+
+def test_a_file_of_odd_size_keeps_it(nbd_server: NbdServers, tmp_path: Path, backend: str) -> None:
+    path = tmp_path / "odd.raw"
+    path.write_bytes(b"o" * 10001)
+    handle = connect(nbd_server(File(path=str(path), cache="none"), backend=backend))
+    assert handle.get_size() == 10001
+    assert handle.pread(10001, 0) == b"o" * 10001
+    handle.pwrite(b"x" * 3, 9998)
+    handle.pwrite(b"y" * 5000, 5000)
+    assert path.stat().st_size == 10001
+    expected = bytearray(b"o" * 10001)
+    expected[9998:] = b"xxx"
+    expected[5000:10000] = b"y" * 5000
+    assert handle.pread(10001, 0) == bytes(expected)
+
+
+def test_aligned_requests_are_fixed_buffer_io(nbd_server: NbdServers, tmp_path: Path) -> None:
+    """On a qcow2 chain, on the hot path: every operation on the file is on registered memory."""
+    base = create(tmp_path / "base.qcow2", 4 * MIB)
+    run("qemu-io", "-c", "write -P 7 0 4M", base)
+    top = create(tmp_path / "top.qcow2", 4 * MIB, backing=base)
+    run("qemu-io", "-c", "write -P 9 0 2M", top)
+    server, uri = nbd_server.start(Qcow2(file=File(path=str(top), cache="none")), backend="io_uring")
+    handle = connect(uri)
+    for offset in range(0, 2 * MIB, 256 * KIB):
+        assert handle.pread(256 * KIB, offset) == b"\x09" * (256 * KIB)
+        handle.pwrite(b"w" * (256 * KIB), offset)
+    before, calls = engine_file(server).counters(), server.stats()["exports"][""]["write_calls"]
+    for offset in range(0, 2 * MIB, 256 * KIB):
+        assert handle.pread(256 * KIB, offset) == b"w" * (256 * KIB)
+        handle.pwrite(b"v" * (256 * KIB), offset)
+        assert handle.pread(4 * KIB, offset) == b"v" * (4 * KIB)
+        handle.pwrite(b"u" * (4 * KIB), offset + 8 * KIB)
+    after = engine_file(server).counters()
+    assert server.stats()["exports"][""]["write_calls"] == calls
+    assert after["plain"] == before["plain"]
+    assert after["fixed"] - before["fixed"] == 4 * 8
+    handle.shutdown()
+    server.stop()
+    check(top)
+
+
+def test_what_python_forwards_is_fixed_buffer_io_too(nbd_server: NbdServers, disk: str) -> None:
+    from tests.oracle.test_engine_equals_reference import Invert
+
+    server, uri = nbd_server.start(Invert(file=File(path=disk, cache="none")), backend="io_uring")
+    handle = connect(uri)
+    handle.pread(64 * KIB, 0)
+    before = engine_file(server).counters()
+    handle.pread(64 * KIB, 0)
+    after = engine_file(server).counters()
+    assert (after["fixed"] - before["fixed"], after["plain"] - before["plain"]) == (1, 0)
+
+
+def test_aio_threads_leaves_the_ring_alone(nbd_server: NbdServers, disk: str) -> None:
+    server, uri = nbd_server.start(File(path=disk, cache="none", aio="threads"), backend="io_uring")
+    connect(uri).pread(64 * KIB, 0)
+    assert engine_file(server).counters()["fixed"] == 0
+
+
+def test_writethrough_syncs_before_it_answers(nbd_server: NbdServers, tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MIB))
+    server, uri = nbd_server.start(File(path=str(path), cache="writethrough"))
+    handle = connect(uri)
+    with stopped_at("file.sync") as stop:
+        writing = Background(handle.pwrite, b"w" * 512, 0)
+        assert stop.wait_reached(SOON)  # type: ignore[attr-defined]
+        assert not writing.is_done()
+    writing.finish()
+    syncs = engine_file(server).counters()["syncs"]
+    handle.zero(512, 0)
+    assert engine_file(server).counters()["syncs"] > syncs
+
+
+def test_unsafe_never_syncs(nbd_server: NbdServers, tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MIB))
+    server, uri = nbd_server.start(File(path=str(path), cache="unsafe"))
+    handle = connect(uri)
+    handle.pwrite(b"w" * 512, 0, nbd.CMD_FLAG_FUA)
+    handle.flush()
+    assert engine_file(server).counters()["syncs"] == 0
+
+
+def test_direct_io_that_the_file_system_refuses_is_an_image_error(tmp_path: Path) -> None:
+    from nbdserver.errors import ImageError
+
+    server = Server()
+    with pytest.raises(ImageError, match="cannot be used with direct I/O"):
+        server.export("proc", File(path="/proc/self/status", cache="none"), read_only=True)
+    server.stop()
