@@ -52,7 +52,8 @@ class Throttle(Layer):
         for group in ("bps", "iops"):
             if getattr(self, f"{group}_total") and (getattr(self, f"{group}_read") or getattr(self, f"{group}_write")):
                 raise ConfigError(f"{group}_total and {group}_read or {group}_write exclude each other", key="throttle")
-        self._meter = opener.meter(MeterLimits(*(self._limit(name) for name in BUCKETS), iops_size=self.iops_size))
+        limits = {name: self._limit(name) for name in BUCKETS}
+        self._meter = opener.meter(MeterLimits(**limits)._replace(iops_size=self.iops_size))
 
     def _limit(self, name: str) -> Limit:
         average, most, length = (getattr(self, name + suffix) for suffix in ("", "_max", "_max_length"))

@@ -52,6 +52,9 @@ class FileMode(NamedTuple):
     aio: str = "io_uring"
 
 
+FILE_MODE: Final = FileMode()
+
+
 @dataclass(frozen=True)
 class Transform:
     """What is done to bytes between a layer and the place its extent aims at; the engine runs it.
@@ -74,7 +77,7 @@ class Limit(NamedTuple):
 
 
 class MeterLimits(NamedTuple):
-    """What a meter holds requests to: bytes and requests a second, in all, of reads, of writes (QEMU's throttle groups).
+    """What a meter holds requests to: bytes and requests a second, in all, of reads, of writes.
 
     A request of more than ``iops_size`` bytes counts as several (0: never).
     """

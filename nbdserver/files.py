@@ -28,7 +28,7 @@ from typing import Final
 
 from nbdserver import registry
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import FileMode, Meter, MeterLimits, OpenFile
+from nbdserver.extent import FILE_MODE, FileMode, Meter, MeterLimits, OpenFile
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, STATUS_COUNT_MAX
@@ -276,8 +276,6 @@ def _libc() -> ctypes.CDLL:
 #: Makes an open file of (descriptor, name, read_only, mode); owns the descriptor, also if it fails.
 Wrap = Callable[[int, str, bool, FileMode], OpenFile]
 
-DEFAULT_MODE: Final = FileMode()
-
 
 def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
     """A file of plain Python's: through the page cache whatever the mode, as is its durability."""
@@ -322,7 +320,7 @@ class Files:
         #: The read-only images that images named, for all who name them.
         self.images: weakref.WeakValueDictionary[tuple[Identity, str], Layer] = weakref.WeakValueDictionary()
 
-    def open(self, path: str, *, read_only: bool, mode: FileMode = DEFAULT_MODE) -> OpenFile:
+    def open(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
         """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
         fd = _open(path, read_only=read_only)
         with self._lock, contextlib.ExitStack() as undo:
@@ -365,7 +363,7 @@ class Files:
         except (OSError, OverflowError) as error:
             os.close(fd)
             raise ConfigError(f"no memory of {size} bytes can be had: {error}") from error
-        return self._wrap(fd, name, False, DEFAULT_MODE)
+        return self._wrap(fd, name, False, FILE_MODE)
 
     def close(self, file: OpenFile) -> None:
         """Let one user of the file go; the last one closes it."""
@@ -469,7 +467,7 @@ class FileOpener:
         #: The images on the way from the configured one to the one that this opener opens.
         self._chain: tuple[Identity, ...] = ()
 
-    def file(self, path: str, *, read_only: bool, mode: FileMode = DEFAULT_MODE) -> OpenFile:
+    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
         return self._files.open(path, read_only=read_only, mode=mode)
 
     def memory(self, size: int, name: str) -> OpenFile:

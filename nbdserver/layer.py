@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, ParamSpec, Protocol
 
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
+from nbdserver.extent import CODE, FILE_MODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
 from nbdserver.request import Flag, Request, Vector
 
 Parameters = ParamSpec("Parameters")
@@ -49,7 +49,7 @@ class Opener(Protocol):
     def read_only(self) -> bool:
         """Whether the layer being opened must not be written (a read-only export, a backing file)."""
 
-    def file(self, path: str, *, read_only: bool, mode: FileMode = FileMode()) -> OpenFile:
+    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
         """Open a regular file or block device that the *configuration* named; locks it. ConfigError, ImageError."""
 
     def memory(self, size: int, name: str) -> OpenFile:

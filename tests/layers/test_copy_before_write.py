@@ -386,6 +386,20 @@ def test_a_snapshot_read_of_a_place_is_waited_for(disk: File, operation: str) ->
         assert ends.snap.read(0, SIZE) == BEFORE
 
 
+def test_a_cluster_that_was_copied_in_vain_is_waited_for_when_it_is_written(disk: File) -> None:
+    target = Coded(Memory(SIZE), gated=range(2 * CLUSTER, 3 * CLUSTER))
+    with opened(disk, target) as ends:
+        ends.live.write(CLUSTER, b"x")
+        target.failure = OSError(errno.EIO, "broken")
+        with pytest.raises(RequestError):
+            ends.live.zero(0, 3 * CLUSTER)  # cluster 0 is copied, cluster 2 fails
+        with disk.open_file.use(0, 1):
+            write = Background(ends.live.write, 0, b"x")
+            assert not write.is_done()
+        write.finish()
+        assert ends.snap.read(0, SIZE) == BEFORE
+
+
 def test_a_status_is_not_mixed_with_a_change(disk: File) -> None:
     """Or a client would skip, as holes, what the guest has only now zeroed."""
     slow = Coded(disk)

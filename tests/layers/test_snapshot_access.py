@@ -190,8 +190,10 @@ def test_the_snapshot_is_read_with_no_python_where_it_is_known(stage: Stage) -> 
     assert counters["read_calls"] == 0
 
 
-def test_the_flag_is_kept_from_the_socket_to_both_files(nbd_server: NbdServers, backend: str) -> None:
-    file, target = Spy(Memory(CLUSTER)), Spy(Memory(CLUSTER))
+def test_the_flag_is_kept_from_the_socket_to_both_files(nbd_server: NbdServers, tmp_path: Path, backend: str) -> None:
+    path = tmp_path / "live.raw"
+    path.write_bytes(letter(0))
+    file, target = Spy(File(str(path))), Spy(Memory(CLUSTER))
     layer = CopyBeforeWrite(file, target)
     server, address = nbd_server.start(layer, name="live", backend=backend)
     server.export("snap", SnapshotAccess(layer))
@@ -199,7 +201,7 @@ def test_the_flag_is_kept_from_the_socket_to_both_files(nbd_server: NbdServers, 
     ask(snap, 0)
     live.request(WRITE, 5, 3, data=b"new")
     assert live.reply()[1] == 0
-    assert ask(snap, 0) == bytes(CLUSTER)
+    assert ask(snap, 0) == letter(0)
     seen = [seen.operation for seen in (*file.seen, *target.seen)]
     assert seen == [Operation.READ, Operation.READ, Operation.WRITE, Operation.WRITE, Operation.READ]
     # Threads register nothing, so there is nothing to keep.
