@@ -4,9 +4,9 @@
 
     throttle ──(meter)──> file        everything lives where the child says; requests wait for the meter on the way
 
-Each limit is a leaky bucket: ``bps_total`` is its average; ``bps_total_max``, if given, the rate of a burst, which may last
-``bps_total_max_length`` seconds. 0 is no limit. The engine runs the meter, so that a throttled disk has no Python on its
-way either. Semantics: QEMU's docs/throttle.txt and ``ThrottleLimits`` in qapi/block-core.json.
+Each limit is a leaky bucket: ``bps_total`` is its average; ``bps_total_max``, if given, the rate of a burst, which may
+last ``bps_total_max_length`` seconds. 0 is no limit. The engine runs the meter, so that a throttled disk has no Python on
+its way either. Semantics: QEMU's docs/throttle.txt and ``ThrottleLimits`` in qapi/block-core.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent, Limit, Meter, MeterLimits, Size
 from nbdserver.layer import Layer, Opener
-
-BUCKETS = ("bps_total", "bps_read", "bps_write", "iops_total", "iops_read", "iops_write")
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,8 +50,17 @@ class Throttle(Layer):
         for group in ("bps", "iops"):
             if getattr(self, f"{group}_total") and (getattr(self, f"{group}_read") or getattr(self, f"{group}_write")):
                 raise ConfigError(f"{group}_total and {group}_read or {group}_write exclude each other", key="throttle")
-        limits = {name: self._limit(name) for name in BUCKETS}
-        self._meter = opener.meter(MeterLimits(**limits)._replace(iops_size=self.iops_size))
+        self._meter = opener.meter(
+            MeterLimits(
+                bps_total=self._limit("bps_total"),
+                bps_read=self._limit("bps_read"),
+                bps_write=self._limit("bps_write"),
+                iops_total=self._limit("iops_total"),
+                iops_read=self._limit("iops_read"),
+                iops_write=self._limit("iops_write"),
+                iops_size=self.iops_size,
+            )
+        )
 
     def _limit(self, name: str) -> Limit:
         average, most, length = (getattr(self, name + suffix) for suffix in ("", "_max", "_max_length"))

@@ -82,12 +82,12 @@ class MeterLimits(NamedTuple):
     A request of more than ``iops_size`` bytes counts as several (0: never).
     """
 
-    bps_total: Limit = Limit()
-    bps_read: Limit = Limit()
-    bps_write: Limit = Limit()
-    iops_total: Limit = Limit()
-    iops_read: Limit = Limit()
-    iops_write: Limit = Limit()
+    bps_total: Limit
+    bps_read: Limit
+    bps_write: Limit
+    iops_total: Limit
+    iops_read: Limit
+    iops_write: Limit
     iops_size: int = 0
 
 

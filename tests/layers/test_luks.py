@@ -18,6 +18,7 @@ from layers.luks import Luks
 from layers.luks.antiforensic import merge
 from layers.luks.ciphers import Scheme, sector_cipher
 from layers.memory import Memory
+from layers.ondisk.luks import PAYLOAD_OFFSET_AT
 from layers.qcow2 import Qcow2
 from layers.raw import Raw
 from nbdserver.errors import ConfigError, ImageError, RequestError
@@ -142,8 +143,12 @@ def test_the_header_in_an_image_of_its_own(tmp_path: Path) -> None:
     with open_stack(luks(disk, header=File(str(header)))) as export:
         assert export.size == 256 * KIB
         export.write(100, b"data" * 1000)
-    there = f"driver=luks,key-secret=s,file.filename={disk},header.driver=file,header.filename={header}"
-    assert content(disk, there)[100:4100] == b"data" * 1000
+    whole = tmp_path / "whole"
+    whole.write_bytes(header.read_bytes().ljust(2 * MIB, b"\0") + disk.read_bytes())
+    with whole.open("r+b") as file:
+        file.seek(PAYLOAD_OFFSET_AT)
+        file.write((2 * MIB // 512).to_bytes(4, "big"))
+    assert content(whole)[100:4100] == b"data" * 1000
     with pytest.raises(ImageError, match="is the detached header"), open_stack(luks(header)):
         pass
 
