@@ -56,6 +56,10 @@ class File(Layer):
         return self.open_file.read_only
 
     @property
+    def stored(self) -> int:
+        return self.open_file.stored
+
+    @property
     def writethrough(self) -> bool:
         return self.cache == "writethrough"
 

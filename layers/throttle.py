@@ -5,8 +5,8 @@
     throttle ──(meter)──> file        everything lives where the child says; requests wait for the meter on the way
 
 Each limit is a leaky bucket: ``bps_total`` is its average; ``bps_total_max``, if given, the rate of a burst, which may
-last ``bps_total_max_length`` seconds. 0 is no limit. The engine runs the meter, so that a throttled disk has no Python on
-its way either. Semantics: QEMU's docs/throttle.txt and ``ThrottleLimits`` in qapi/block-core.json.
+last ``bps_total_max_length`` seconds. 0 is no limit. The engine runs the meter, so that a throttled disk has no Python
+on its way either. Semantics: QEMU's docs/throttle.txt and ``ThrottleLimits`` in qapi/block-core.json.
 """
 
 from __future__ import annotations

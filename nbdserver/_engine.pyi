@@ -35,6 +35,8 @@ class File:
     @property
     def size(self) -> int: ...
     @property
+    def stored(self) -> int: ...
+    @property
     def read_only(self) -> bool: ...
     @property
     def alignment(self) -> tuple[int, int] | None:
@@ -200,6 +202,10 @@ class Engine:
     def pool_free(self) -> int: ...
     @property
     def pool_size(self) -> int: ...
+    @property
+    def pool_region(self) -> tuple[int, int]:
+        """(address, length) of the registered part of the pool; nothing is registered where the length is 0."""
+
     def add_transform(self, cipher: str, key: bytes, sector_size: int) -> int:
         """The number of a new transform. ValueError if there is none such."""
 

@@ -114,6 +114,10 @@ class OpenFile(Protocol):
         """Its size now, bytes."""
 
     @property
+    def stored(self) -> int:
+        """How much storage it takes up now (``st_blocks``), bytes."""
+
+    @property
     def read_only(self) -> bool:
         """Whether writes are refused (EBADF/EPERM) by the operating system."""
 

@@ -76,6 +76,10 @@ class PlainFile:
     def size(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size
 
+    @property
+    def stored(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
     def read(self, offset: int, vector: Vector) -> None:
         def transfer(views: list[memoryview], at: int) -> int:
             count = os.preadv(self._fd, views, at)

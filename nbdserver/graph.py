@@ -215,6 +215,10 @@ class Child(Layer):
         return self._layer.read_only
 
     @property
+    def stored(self) -> int | None:
+        return self._layer.stored
+
+    @property
     def writethrough(self) -> bool:
         return self._layer.writethrough
 

@@ -130,6 +130,12 @@ class Layer:
         return file.read_only if isinstance(file, Layer) else False
 
     @property
+    def stored(self) -> int | None:
+        """How much storage its file takes up, bytes; None if that is not known. By default: the ``file`` child's."""
+        file = getattr(self, "file", None)
+        return file.stored if isinstance(file, Layer) else None
+
+    @property
     def writethrough(self) -> bool:
         """Whether a write is to be durable when it is answered: so if any writable child says so."""
         return any(child.writethrough for _, child in self.children() if not child.read_only)

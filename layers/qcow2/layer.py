@@ -22,7 +22,7 @@ from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
 from nbdserver.graph import attach
-from nbdserver.layer import Layer, Opener
+from nbdserver.layer import BASE_ALLOCATION, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -197,7 +197,7 @@ class Qcow2(Layer):
     # -- block status -----------------------------------------------------------------------------------------------
 
     def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        preallocated = self._has_preallocation()
+        preallocated = context == BASE_ALLOCATION and self._has_preallocation()
         return status.status(self.reader, context, offset, length, preallocated=preallocated)
 
     def _has_preallocation(self) -> bool:

@@ -7,7 +7,6 @@ are allocated.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 
@@ -41,10 +40,11 @@ def has_preallocation(reader: Reader, refcounts: Refcounts, lock: threading.Lock
     Raises ImageError, OSError.
     """
     storage = reader.storage
-    if storage.file.filename is None:
+    bytes_stored = storage.file.stored
+    if bytes_stored is None:
         return False
     # What SEEK_DATA finds would not do: storage that is reserved but was never written counts too.
-    stored = os.stat(storage.file.filename).st_blocks * SECTOR // storage.cluster_size
+    stored = bytes_stored // storage.cluster_size
     threshold = max(stored * 10 // 9, stored + 2)
     with lock:
         return refcounts.count_used(reader.geometry.clusters(storage.size), threshold) >= threshold

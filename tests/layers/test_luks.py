@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ from nbdserver.layer import ALLOCATION_DEPTH
 from nbdserver.reference import Reference, open_stack
 from nbdserver.registry import build
 from nbdserver.request import Flag, Operation, Request
+from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.layers.luks_kit import KIB, MIB, PASSPHRASE, amend, content, create, format, luks, qemu_io, secret
 from tests.oracle.model import Kind, Model
@@ -493,3 +495,24 @@ def test_storm(
         data = storm.verify()
     server.stop()
     assert content(path) == data
+
+
+def test_whole_sectors_need_no_python(nbd_server: NbdServers, image: Path, backend: str) -> None:
+    server, uri = nbd_server.start(luks(image), backend=backend)
+    disk = nbd.NBD()
+    disk.connect_uri(uri)
+    for _ in range(2):
+        before = calls(server)
+        for offset in range(0, 256 * KIB, 8 * KIB):
+            disk.pwrite(b"d" * 8 * KIB, offset)
+            assert disk.pread(4 * KIB, offset + 512) == b"d" * 4 * KIB
+    assert calls(server) == before, "in the second round"
+    disk.shutdown()
+    server.stop()
+    assert content(image) == b"d" * 256 * KIB
+
+
+def calls(server: Server) -> int:
+    """How often the export has needed Python."""
+    counters = server.stats()["exports"][""]
+    return sum(count for name, count in counters.items() if name == "faults" or name.endswith("_calls"))

@@ -131,6 +131,11 @@ impl File {
         }
     }
 
+    /// How much storage it takes up now, bytes.
+    pub fn stored(&self) -> Result<u64, Errno> {
+        Ok(fstat(&self.fd)?.st_blocks as u64 * 512)
+    }
+
     /// Whether the ring of a worker may carry out its I/O.
     pub fn takes_ring(&self) -> bool {
         !self.means.threads

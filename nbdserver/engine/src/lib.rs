@@ -229,6 +229,11 @@ impl File {
     }
 
     #[getter]
+    fn stored(&self) -> PyResult<u64> {
+        self.file.stored().map_err(os_error)
+    }
+
+    #[getter]
     fn read_only(&self) -> bool {
         self.file.read_only
     }
@@ -754,6 +759,13 @@ impl Engine {
     #[getter]
     fn pool_size(&self) -> usize {
         self.engine.pool.size()
+    }
+
+    /// (address, length) of the registered part of the pool; nothing is registered where the length is 0.
+    #[getter]
+    fn pool_region(&self) -> (usize, usize) {
+        let (address, _) = self.engine.pool.as_region();
+        (address.addr(), self.engine.pool.registered())
     }
 
     /// The number of a new transform, for extents.

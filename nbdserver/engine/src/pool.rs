@@ -140,6 +140,11 @@ impl Pool {
         self.registered.store(bytes, Relaxed);
     }
 
+    /// Bytes from the begin of the region that are registered.
+    pub fn registered(&self) -> usize {
+        self.registered.load(Relaxed)
+    }
+
     /// Memory of `length` bytes in all. None when it does not fit now, when only the reserve is
     /// left, or when others queue for memory: then `enqueue`.
     pub fn allocate(self: &Arc<Self>, length: usize) -> Option<Vec<Slot>> {
