@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar, NoReturn
 
 from nbdserver.errors import ConfigError, RequestError
-from nbdserver.layer import Layer, Opener, attempt
+from nbdserver.layer import Buffers, Layer, Opener, attempt
 from nbdserver.limits import BOUNCE_MAX
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
@@ -35,6 +35,11 @@ class Blkverify(Layer):
     raw: Layer
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
+    buffers: ClassVar[Buffers] = Buffers(
+        read="bounces: test fills it, raw fills pool memory that it is compared with",
+        write="keeps: both children are given it",
+        zero="none: both children zero",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

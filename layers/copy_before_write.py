@@ -34,7 +34,7 @@ from typing import ClassVar, Final, Literal
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent, Size
 from nbdserver.graph import flatten
-from nbdserver.layer import BASE_ALLOCATION, STATE_ZERO, Layer, Opener, finish
+from nbdserver.layer import BASE_ALLOCATION, STATE_ZERO, Buffers, Layer, Opener, finish
 from nbdserver.limits import KIB, MIB
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
@@ -79,6 +79,11 @@ class CopyBeforeWrite(Layer):
     min_cluster_size: Size = 0
 
     supported_write_flags: ClassVar[Flag] = Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK
+    buffers: ClassVar[Buffers] = Buffers(
+        read="none: always mapped",
+        write="bounces: it is passed on, after old data has been copied through pool memory",
+        zero="bounces: old data is copied through pool memory; the disk zeroes",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent
-from nbdserver.layer import ALLOCATION_DEPTH, Layer, Opener, finish
+from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -36,6 +36,11 @@ class CopyOnRead(Layer):
     file: Layer
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    buffers: ClassVar[Buffers] = Buffers(
+        read="keeps: it is filled from below, and written into the image",
+        write="keeps: the image is given it",
+        zero="none: the image zeroes",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

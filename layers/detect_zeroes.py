@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from nbdserver.extent import CODE, Extent, Intent
-from nbdserver.layer import Layer, finish
+from nbdserver.layer import Buffers, Layer, finish
 from nbdserver.request import Flag, Request
 
 
@@ -28,6 +28,11 @@ class DetectZeroes(Layer):
     detect_zeroes: Literal["off", "on", "unmap"] = "on"
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    buffers: ClassVar[Buffers] = Buffers(
+        read="none: always mapped",
+        write="keeps: what is not all zeroes is passed on; zeroes become a zero request, which has no memory",
+        zero="none: always mapped",
+    )
 
     @property
     def size(self) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 from nbdserver.errors import ConfigError, RequestError
-from nbdserver.layer import BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer, Opener, attempt
+from nbdserver.layer import BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Buffers, Layer, Opener, attempt
 from nbdserver.limits import BOUNCE_MAX
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request, Vector
@@ -50,6 +50,11 @@ class Quorum(Layer):
     read_pattern: Literal["quorum", "fifo"] = "quorum"
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
+    buffers: ClassVar[Buffers] = Buffers(
+        read="bounces: the first child fills it (fifo: whoever answers), the others fill pool memory",
+        write="keeps: all children are given it",
+        zero="none: all children zero",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

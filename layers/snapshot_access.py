@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent
 from nbdserver.graph import Child
-from nbdserver.layer import Layer, Opener
+from nbdserver.layer import Buffers, Layer, Opener
 from nbdserver.request import Request
 
 
@@ -41,6 +41,12 @@ class Snapshot(Protocol):
 class SnapshotAccess(Layer):
     #: The copy-before-write layer.
     file: Layer
+
+    buffers: ClassVar[Buffers] = Buffers(
+        read="keeps: filled from the disk or from the target",
+        write="none: read-only",
+        zero="none: read-only",
+    )
 
     def open(self, opener: Opener) -> None:
         below = self.file.layer if isinstance(self.file, Child) else self.file

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import ClassVar, ParamSpec, Protocol
+from typing import ClassVar, NamedTuple, ParamSpec, Protocol
 
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, FILE_MODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
@@ -40,6 +40,25 @@ STATE_ZERO = 2
 #: QEMU's meta context (docs/interop/nbd.txt, "qemu:allocation-depth"): which image of a chain holds a range, from 1
 #: for the topmost; 0: none does.
 ALLOCATION_DEPTH = "qemu:allocation-depth"
+
+
+class Buffers(NamedTuple):
+    """What a layer's code, called for CODE, does with a request's memory, and so with REGISTERED_BUF: for people.
+
+    Each begins with one of these words, and a colon and the reason may follow::
+
+        keeps      the request's own memory is filled, or passed on
+        bounces    other memory takes its place or stands beside it, from `Layer.allocate`: registered while the pool
+                   has room
+        loses      ordinary memory takes its place
+        none       no memory is involved, or the code is never called
+
+    Nothing depends on it: the flag is derived at every hop. The test suite holds layers to what they say.
+    """
+
+    read: str = "keeps"
+    write: str = "keeps"
+    zero: str = "bounces: zeroes are written out from pool memory"
 
 
 class Opener(Protocol):
@@ -96,6 +115,8 @@ class Layer:
     #: REGISTERED_BUF is exempt and always passed on.
     supported_read_flags: ClassVar[Flag] = Flag.NONE
     supported_write_flags: ClassVar[Flag] = Flag.NONE
+    #: What its code does with a request's memory.
+    buffers: ClassVar[Buffers] = Buffers()
 
     def __post_init__(self) -> None:
         self._listener: Listener | None = None

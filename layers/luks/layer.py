@@ -15,7 +15,7 @@ import dataclasses
 import errno
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import ClassVar, Final
 
 from layers.luks.ciphers import Scheme, SectorCipher, sector_cipher
 from layers.luks.header import read_header
@@ -23,7 +23,7 @@ from layers.luks.keyslots import unlock
 from layers.ondisk.luks import SECTOR
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent, Transform
-from nbdserver.layer import ALLOCATION_DEPTH, Layer, Opener, finish
+from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
 from nbdserver.limits import BOUNCE_MAX, DISK_MAX, KIB
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Request, Vector
@@ -49,6 +49,11 @@ class Luks(Layer):
     key_file: str | None = None
     key_env: str | None = None
     key_fd: int | None = None
+
+    buffers: ClassVar[Buffers] = Buffers(
+        read="bounces: decrypted where it arrives; the rest of a sector that is read in part fills pool memory",
+        write="bounces: encrypted into pool memory, the client's own is not ours to change",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

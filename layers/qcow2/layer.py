@@ -22,7 +22,7 @@ from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
 from nbdserver.graph import attach
-from nbdserver.layer import BASE_ALLOCATION, Layer, Opener
+from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -41,6 +41,11 @@ class Qcow2(Layer):
     pass_discard_other: bool = False
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
+    buffers: ClassVar[Buffers] = Buffers(
+        read="keeps: compressed data is decompressed into it",
+        write="bounces: in a new cluster pool memory stands beside it, with what surrounds it there",
+        zero="bounces: zeroes that must be stored are written out from pool memory",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
