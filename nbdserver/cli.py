@@ -1,4 +1,4 @@
-"""The command line: ``nbdserver serve``, ``check-config``, ``list`` and ``layers``.
+"""The command line: ``nbdserver serve``, ``check-config``, ``list``, ``layers`` and ``explain``.
 
 Exit status: 0 when all went well, 1 when something cannot be served (one line on stderr says what), 2 for wrong
 usage. What a program may want to read goes to stdout, everything else to stderr.
@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 import nbdserver
-from nbdserver import client, config, registry, uri
+from nbdserver import client, config, explain, registry, uri
 from nbdserver.config import Config, ExportConfig
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import FileOpener, Files
@@ -245,6 +245,39 @@ def layers_() -> None:
                 default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
                 click.echo(f"    {registry.key_of(field)}: {docs.get(field.name, '')}{default}")
         click.echo()
+
+
+@main.command("explain", short_help="Show the way of a request through an export's layers.")
+@click.argument("source", metavar="CONFIG.toml|IMAGE")
+@click.argument("export", metavar="EXPORT")
+@click.argument("operation", type=click.Choice(list(explain.OPERATIONS)))
+@click.argument("range_", metavar="OFFSET+LENGTH")
+@click.option("--format", "-f", metavar="FORMAT", callback=_check_format, help="The format of IMAGE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain_(*, source: str, export: str, operation: str, range_: str, format: str | None, as_json: bool) -> None:
+    """Show the way of one request through the layers of EXPORT, from its root down to files.
+
+    For each layer: the range it is asked for, the request's flags, where the layer says that the bytes live, and what
+    becomes of the flag REGISTERED_BUF there, and why: kept with the memory that the client's data is in, or bounced, with
+    other memory of the server's registered pool; lost with any other. Then, for each part of the request, whether the engine serves it alone or faults, which is to say calls Python.
+
+    EXPORT may be "", the default export. OFFSET and LENGTH take units, such as 1M+4K. Nothing is written: images are
+    opened for reading only. Running servers cannot be asked yet, nor images that somebody is writing.
+
+    \b
+    Examples:
+      nbdserver explain exports.toml vm write 1M+4K
+      nbdserver explain vm.qcow2 "" read 0+256K --json
+    """
+    if "://" in source or source.startswith("nbd+unix:"):
+        raise click.UsageError("a running server cannot be asked yet: name its configuration, or an image")
+    wanted = _configured((source,), format, None)
+    try:
+        offset, length = explain.parse_range(range_)
+        told = explain.explain(wanted, export, explain.OPERATIONS[operation], offset, length)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="OFFSET+LENGTH") from error
+    click.echo(json.dumps(told.as_json(), indent=2) if as_json else explain.table(told))
 
 
 # -- serving -------------------------------------------------------------------------------------------------------

@@ -83,6 +83,9 @@ BACKENDS: Final = ("auto", "io_uring", "threads")
 LISTEN_DEFAULT: Final = f"nbd://127.0.0.1:{uri.PORT_DEFAULT}"
 
 
+#: Keys of layers that name files, relative to the configuration's directory.
+PATH_KEYS: Final = frozenset({"path", "key_file", "key-file"})
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The table ``[engine]``. ``pool`` is bytes; ``workers`` None: the engine decides; ``record``: a directory."""
@@ -415,7 +418,8 @@ class _Stacks:
         is_many = roles.get(key)
         place = Where(where.file, f"{where.table}.{key}")
         if is_many is None:
-            return os.path.join(self._directory, value) if key == "path" and isinstance(value, str) else value
+            is_path = key in PATH_KEYS and isinstance(value, str)
+            return os.path.join(self._directory, str(value)) if is_path else value
         if not is_many:
             return self._stack(value, place, depth + 1)
         stacks = enumerate(_as_list(value, place, None, "a list of stacks"))

@@ -60,7 +60,7 @@ class Transform:
     """What is done to bytes between a layer and the place its extent aims at; the engine runs it.
 
     ``cipher``: "aes-xts-plain64". ``key``: both halves. Positions are the layer's own offsets, ``sector_size`` bytes a
-    sector; extents that carry a transform begin and end at sectors.
+    sector; requests for parts of sectors go to the layer's code.
     """
 
     cipher: str

@@ -17,7 +17,7 @@ ROOT = Path(nbdserver.__path__[0]).parent
 CONTRACT = {"layer", "extent", "request", "errors", "limits", "ranges", "graph"}
 
 #: What layers may import besides: the decompressor that qcow2 needs.
-PACKAGES = {"zstandard"}
+PACKAGES = {"cryptography", "zstandard"}
 
 ENGINE = "nbdserver._engine"
 ENGINE_USERS = {"nbdserver.server"}
