@@ -258,8 +258,9 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
     """Show the way of one request through the layers of EXPORT, from its root down to files.
 
     For each layer: the range it is asked for, the request's flags, where the layer says that the bytes live, and what
-    becomes of the flag REGISTERED_BUF there, and why: kept with the memory that the client's data is in, or bounced, with
-    other memory of the server's registered pool; lost with any other. Then, for each part of the request, whether the engine serves it alone or faults, which is to say calls Python.
+    becomes of the flag REGISTERED_BUF there, and why: kept with the memory that the client's data is in, bounced (kept
+    too) with other memory of the server's registered pool, lost with any other. Then, for each part of the request,
+    whether the engine serves it alone or faults, which is to say calls Python.
 
     EXPORT may be "", the default export. OFFSET and LENGTH take units, such as 1M+4K. Nothing is written: images are
     opened for reading only. Running servers cannot be asked yet, nor images that somebody is writing.

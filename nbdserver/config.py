@@ -86,6 +86,7 @@ LISTEN_DEFAULT: Final = f"nbd://127.0.0.1:{uri.PORT_DEFAULT}"
 #: Keys of layers that name files, relative to the configuration's directory.
 PATH_KEYS: Final = frozenset({"path", "key_file", "key-file"})
 
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The table ``[engine]``. ``pool`` is bytes; ``workers`` None: the engine decides; ``record``: a directory."""

@@ -21,7 +21,7 @@ from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DEPTH_MAX
-from nbdserver.request import Flag, Operation, Request, Vector
+from nbdserver.request import Flag, Operation, Request, Vector, check_flag, debug
 
 
 class Leaf(NamedTuple):
@@ -127,6 +127,7 @@ def execute(layer: Layer, request: Request) -> None:
 
     Raises RequestError, OSError, ImageError.
     """
+    _arrive(layer, request, "enters the range")
     if request.end > layer.size:
         raise RequestError(
             errno.ENOSPC if request.operation in (Operation.WRITE, Operation.ZERO) else errno.EINVAL,
@@ -161,8 +162,9 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         meter.charge(part.length, operation is not Operation.READ)
     if leaf.target is CODE:
         assert leaf.layer is not None
-        moved = part.moved(leaf.offset)
-        finish(getattr(leaf.layer, operation.value)(moved))
+        if leaf.layer is not layer:
+            _arrive(leaf.layer, part, "is passed to its code")
+        _call(leaf.layer, part.moved(leaf.offset))
         return True
     if leaf.target is ZERO:
         if layer.changes != seen:
@@ -177,6 +179,8 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
     with file.use(leaf.offset, part.length):
         if layer.changes != seen:
             return False
+        if part.vector.registered:
+            layer.buffer_counters.passed(part.vector)
         if operation is Operation.READ:
             file.read(leaf.offset, part.vector)
         elif operation is Operation.WRITE:
@@ -192,6 +196,45 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         else:
             file.discard(leaf.offset, part.length)
     return True
+
+
+class _Hop(threading.local):
+    """Which layer's code this thread runs, if it was called with registered memory: for the counters."""
+
+    layer: Layer | None = None
+
+
+_hop = _Hop()
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """For a layer's own metadata, which is no client's request."""
+    hop, _hop.layer = _hop.layer, None
+    try:
+        yield
+    finally:
+        _hop.layer = hop
+
+
+def _arrive(layer: Layer, request: Request, how: str) -> None:
+    """Count a request that comes to a layer."""
+    if debug.flags:
+        check_flag(
+            request.vector, f"{request.operation.value} of {request.length} bytes that {how}, of {type(layer).__name__}"
+        )
+    if request.vector.length:
+        layer.buffer_counters.arrived(request.vector)
+
+
+def _call(layer: Layer, request: Request) -> None:
+    """Call a layer's code."""
+    before = _hop.layer
+    _hop.layer = layer if request.vector.registered else None
+    try:
+        finish(getattr(layer, request.operation.value)(request))
+    finally:
+        _hop.layer = before
 
 
 class Child(Layer):
@@ -233,9 +276,23 @@ class Child(Layer):
         return self._layer.resolve(offset, length, intent)
 
     def read(self, request: Request) -> None:
-        execute(self._layer, request)
+        hop, _hop.layer = _hop.layer, None
+        if hop is not None and request.vector.length:
+            hop.buffer_counters.passed(request.vector)
+        try:
+            execute(self._layer, request)
+        finally:
+            _hop.layer = hop
 
     write = zero = trim = read
+
+    def pread(self, offset: int, length: int) -> bytes:
+        with _uncounted():
+            return super().pread(offset, length)
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: Flag = Flag.NONE) -> None:
+        with _uncounted():
+            super().pwrite(offset, data, flags)
 
     def flush(self) -> None:
         finish(self._layer.flush())
@@ -326,6 +383,8 @@ class Graph:
                 if isinstance(edge, Child):
                     ending.callback(self._part, edge)
             layer.close()
+        # Whoever keeps the layer does not keep what it was opened with.
+        layer._listener = layer._opener = None
         with self._lock:
             self._edges.pop(layer, None)
             self._sinks.pop(layer, None)
@@ -356,6 +415,20 @@ class Graph:
             for edge in edges:
                 parent = edge._parent
                 pending.extend((parent, at, run) for at, run in parent.translate(edge, start, count))
+
+
+def walk(root: Layer) -> Iterator[tuple[str, Layer]]:
+    """Every layer under ``root``, once, with the roles that lead to it: "/", "/backing", "/backing/file"."""
+    seen: set[Layer] = set()
+    pending = [("", root)]
+    while pending:
+        path, layer = pending.pop()
+        if layer in seen:
+            continue
+        seen.add(layer)
+        yield path or "/", layer
+        for role, child in layer.children():
+            pending.append((f"{path}/{role}", child.layer if isinstance(child, Child) else child))
 
 
 def attach(parent: Layer, role: str, child: Layer) -> None:

@@ -20,6 +20,7 @@ Subclasses are written ``@dataclass(eq=False)``: a layer is itself, not its sett
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, ParamSpec, Protocol
 
@@ -59,6 +60,39 @@ class Buffers(NamedTuple):
     read: str = "keeps"
     write: str = "keeps"
     zero: str = "bounces: zeroes are written out from pool memory"
+
+
+class BufferCounters:
+    """What became of REGISTERED_BUF at one layer: of requests with memory that ran in Python. (What the engine serves
+    alone meets no layer; its files count that.) Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests = self._registered = self._kept = 0
+        self._lost: dict[str, int] = {}
+
+    def arrived(self, vector: Vector) -> None:
+        """A request with this memory has come to the layer."""
+        with self._lock:
+            self._requests += 1
+            self._registered += vector.registered
+
+    def passed(self, vector: Vector) -> None:
+        """The layer, or the graph for it, has passed on this memory for a request that had arrived registered."""
+        kind = vector.unregistered
+        with self._lock:
+            if kind is None:
+                self._kept += 1
+            else:
+                self._lost[kind] = self._lost.get(kind, 0) + 1
+
+    def counts(self) -> dict[str, int | dict[str, int]]:
+        """``requests``; of these ``registered`` ones; of what was passed on for those, ``kept`` and, by the kind of the
+        memory that had taken its place, ``lost``."""
+        with self._lock:
+            counts: dict[str, int | dict[str, int]] = {"requests": self._requests, "registered": self._registered}
+            return counts | {"kept": self._kept, "lost": dict(self._lost)}
 
 
 class Opener(Protocol):
@@ -123,6 +157,7 @@ class Layer:
         self._opener: Opener | None = None
         #: How often the mapping of this layer, or of anything below it, has changed. See `graph.execute`.
         self.changes = 0
+        self.buffer_counters = BufferCounters()
 
     # -- life ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,10 @@ Flag names and values are QEMU's ``BDRV_REQ_*`` (include/block/block-common.h) w
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
@@ -106,6 +110,17 @@ class Vector:
     def registered(self) -> bool:
         """Whether there is at least one segment and every segment lies in a live, registered slot."""
         return bool(self.segments) and all(s.buffer.registration is not None for s in self.segments)
+
+    @property
+    def unregistered(self) -> str | None:
+        """The kind of memory for which `registered` is False, in words; None if it is True."""
+        if self.registered:
+            return None
+        for segment in self.segments:
+            if segment.buffer.registration is None:
+                is_ordinary = isinstance(segment.buffer, Memory)
+                return "ordinary memory" if is_ordinary else "memory outside the registered pool"
+        return "no memory"
 
     def slice(self, start: int, length: int) -> Vector:
         """The same memory, ``length`` bytes from ``start``. Asserts that they are in bounds."""
@@ -250,3 +265,52 @@ class Request:
     def with_flags(self, flags: Flag) -> Request:
         """The same request with exactly these flags asked for (REGISTERED_BUF stays derived)."""
         return replace(self, asked_flags=flags & ~Flag.REGISTERED_BUF)
+
+
+# -- debugging: the flag against the addresses -----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Debug:
+    """What is checked beyond what production needs. ``flags``: at every hop, that REGISTERED_BUF is what a lookup of
+    the memory's addresses says (NBDSERVER_DEBUG_FLAGS=1)."""
+
+    flags: bool
+
+
+debug = Debug(os.environ.get("NBDSERVER_DEBUG_FLAGS", "0") not in ("", "0"))
+
+
+class Region(Protocol):
+    """Whoever has memory that is registered with the kernel."""
+
+    @property
+    def registered_region(self) -> tuple[int, int]:
+        """Its (address, length), now; length 0: nothing is registered."""
+
+
+_regions: weakref.WeakSet[Region] = weakref.WeakSet()
+_regions_lock = threading.Lock()
+
+
+def add_region(region: Region) -> None:
+    """Have `check_flag` know of registered memory, for as long as ``region`` lives."""
+    with _regions_lock:
+        _regions.add(region)
+
+
+def check_flag(vector: Vector, where: str) -> None:
+    """Assert that ``vector`` counts as registered exactly if all its addresses lie in registered regions."""
+    with _regions_lock:
+        regions = [region.registered_region for region in _regions]
+    found = bool(vector.segments) and all(_is_within(segment, regions) for segment in vector.segments)
+    if found != vector.registered:
+        raise AssertionError(f"{where}: REGISTERED_BUF is {vector.registered}, the addresses of {vector} say {found}")
+
+
+def _is_within(segment: Segment, regions: Iterable[tuple[int, int]]) -> bool:
+    view = segment.buffer.view
+    if view.readonly or not view.nbytes:
+        return False  # registered memory is neither
+    start = ctypes.addressof(ctypes.c_char.from_buffer(view)) + segment.start
+    return any(base <= start and start + segment.length <= base + length for base, length in regions)

@@ -26,7 +26,7 @@ from nbdserver import _engine
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files
-from nbdserver.graph import Graph, Leaf, execute, flatten
+from nbdserver.graph import Graph, Leaf, execute, flatten, walk
 from nbdserver.handshake import Begin, End, ExportInfo, Handshake
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import (
@@ -40,7 +40,7 @@ from nbdserver.limits import (
     STOP_TIMEOUT,
     WORKERS_MAX,
 )
-from nbdserver.request import Flag, Request, Segment, Vector
+from nbdserver.request import Flag, Request, Segment, Vector, add_region
 from nbdserver.uri import NbdUri, parse_listen
 
 #: Flags of requests on the wire (proto.md, "Command flags").
@@ -87,6 +87,37 @@ class Effects:
             number = self._engine.add_transform(transform.cipher, transform.key, transform.sector_size)
             self._transforms[transform] = number
         return number
+
+
+class Supplies:
+    """What layers are given of the engine's: files, memory, meters.
+
+    Not methods of the server: by them a layer would keep it alive, and the engine's memory with it.
+    """
+
+    def __init__(self, engine: _engine.Engine) -> None:
+        self._engine = engine
+
+    def allocate(self, length: int) -> Vector:
+        return Vector(Segment(slot, 0, len(slot)) for slot in self._engine.allocate(length))
+
+    def open_file(self, fd: int, name: str, read_only: bool, mode: FileMode) -> _engine.File:
+        try:
+            return self._engine.open_file(
+                fd,
+                name,
+                read_only,
+                direct=mode.cache == "none",
+                unsafe=mode.cache == "unsafe",
+                threads=mode.aio == "threads",
+            )
+        except OSError as error:
+            what = " with direct I/O" if mode.cache == "none" else ""
+            raise ImageError(f"cannot be used{what}: {error.strerror}", path=name) from error
+
+    def meter(self, limits: MeterLimits) -> _engine.Meter:
+        *buckets, iops_size = limits
+        return self._engine.new_meter(buckets, iops_size)
 
 
 class Export:
@@ -208,9 +239,16 @@ class Export:
                     break
         return runs
 
-    def counters(self) -> dict[str, int]:
-        """What the engine has counted; see `_engine.Export.counters`."""
-        return self.engine_export.counters()
+    def counters(self) -> dict[str, Any]:
+        """What the engine has counted (`_engine.Export.counters`), and of each layer and file what it has."""
+        layers: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        for path, layer in walk(self.root):
+            layers[path] = {"type": layer.type, **layer.buffer_counters.counts()}
+            for file in vars(layer).values():
+                if isinstance(file, _engine.File):
+                    files[file.name] = file.counters()
+        return {**self.engine_export.counters(), "layers": layers, "files": files}
 
 
 def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:
@@ -263,11 +301,13 @@ class Server:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the engine cannot start: {error}") from error
+        add_region(self)
         _raise_descriptor_limit()
         self._fault_threads_count = fault_threads
         self._effects = Effects(self._engine)
         self._graph = Graph()
-        self._files = Files(self._open_file)
+        self._supplies = Supplies(self._engine)
+        self._files = Files(self._supplies.open_file)
         self._lock = threading.Lock()
         self._exports: dict[str, Export] = {}
         self._by_id: dict[int, Export] = {}
@@ -301,8 +341,8 @@ class Server:
             self._files,
             roots=self._roots,
             read_only=read_only,
-            allocate=self._allocate,
-            meter=self._meter,
+            allocate=self._supplies.allocate,
+            meter=self._supplies.meter,
         )
         self._graph.open(layer, opener)
         try:
@@ -334,27 +374,6 @@ class Server:
             raise ConfigError(f"export {name!r} cannot be the default: {self._default!r} is")
         if (default and "" in self._exports) or (name == "" and self._default is not None):
             raise ConfigError('the empty name "" is taken: only one export can be the default')
-
-    def _allocate(self, length: int) -> Vector:
-        return Vector(Segment(slot, 0, len(slot)) for slot in self._engine.allocate(length))
-
-    def _open_file(self, fd: int, name: str, read_only: bool, mode: FileMode) -> _engine.File:
-        try:
-            return self._engine.open_file(
-                fd,
-                name,
-                read_only,
-                direct=mode.cache == "none",
-                unsafe=mode.cache == "unsafe",
-                threads=mode.aio == "threads",
-            )
-        except OSError as error:
-            what = " with direct I/O" if mode.cache == "none" else ""
-            raise ImageError(f"cannot be used{what}: {error.strerror}", path=name) from error
-
-    def _meter(self, limits: MeterLimits) -> _engine.Meter:
-        *buckets, iops_size = limits
-        return self._engine.new_meter(buckets, iops_size)
 
     def _export_infos(self) -> Mapping[str, ExportInfo]:
         with self._lock:
@@ -412,6 +431,7 @@ class Server:
         self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
         for thread in self._threads:
             thread.join()
+        self._handshakes.clear()
         self._unlink()
         try:
             with contextlib.ExitStack() as closing:
@@ -447,9 +467,16 @@ class Server:
         """The backend in use: "io_uring" or "threads"."""
         return self._engine.backend
 
+    @property
+    def registered_region(self) -> tuple[int, int]:
+        """`request.Region`: the part of the pool that is registered."""
+        return self._engine.pool_region
+
     def stats(self) -> dict[str, Any]:
         """Counters: of the engine, and of every export by name (``faults`` are requests that needed a fault thread,
-        ``*_calls`` calls into Python, ``hits`` requests that the engine answered alone)."""
+        ``*_calls`` calls into Python, ``hits`` requests that the engine answered alone). Of an export, also ``layers``
+        by the roles that lead to them ("/" is the root; `layer.BufferCounters`), and ``files`` by their names
+        (``fixed``: reads and writes on registered buffers)."""
         with self._lock:
             exports = {name: export.counters() for name, export in self._exports.items()}
         return {

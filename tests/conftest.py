@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,9 +12,14 @@ import hypothesis
 import pytest
 
 from nbdserver.files import Files
+from nbdserver.request import debug
 
 #: What runs a tool: ``run("qemu-img", "info", path)``; a tool that is missing skips the test.
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# At every hop the flag is held against the addresses: here, and in the servers that tests start.
+debug.flags = True
+os.environ["NBDSERVER_DEBUG_FLAGS"] = "1"
 
 # A time limit for each example would only measure how busy the machine is.
 hypothesis.settings.register_profile("nbdserver", deadline=None)

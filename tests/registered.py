@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer, finish
 from nbdserver.reference import Reference
-from nbdserver.request import Flag, Operation, Registration, Request, Segment, Vector
+from nbdserver.request import Flag, Operation, Registration, Request, Segment, Vector, add_region
 
 _slots = itertools.count()
 
@@ -24,6 +25,13 @@ class RegisteredBuffer:
     def __init__(self, data: int | bytes) -> None:
         self.view = memoryview(bytearray(data))
         self.registration: tuple[int, int, int] | None = Registration(0, next(_slots), 1)
+        add_region(self)
+
+    @property
+    def registered_region(self) -> tuple[int, int]:
+        if self.registration is None or not self.view.nbytes:
+            return 0, 0
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view)), self.view.nbytes
 
 
 def registered(data: int | bytes) -> Vector:

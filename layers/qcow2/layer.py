@@ -42,7 +42,7 @@ class Qcow2(Layer):
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
     buffers: ClassVar[Buffers] = Buffers(
-        read="keeps: compressed data is decompressed into it",
+        read="keeps: compressed data is read into ordinary memory, and decompressed into the request's",
         write="bounces: in a new cluster pool memory stands beside it, with what surrounds it there",
         zero="bounces: zeroes that must be stored are written out from pool memory",
     )

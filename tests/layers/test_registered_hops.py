@@ -16,6 +16,7 @@ from layers.qcow2 import Qcow2
 from layers.quorum import Quorum
 from nbdserver.layer import Layer
 from nbdserver.request import Operation
+from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.registered import Spy
 from tests.serving import backend, create
@@ -54,3 +55,34 @@ def test_every_hop(nbd_server: NbdServers, tmp_path: Path, backend: str, name: s
         assert {hop.is_registered for hop in spy.take()} <= {is_registered}
     if backend == "threads":
         assert not is_registered
+
+
+def test_the_server_counts_what_layers_and_files_did(tmp_path: Path, backend: str) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * 4 * MIB)
+    image = create(tmp_path / "top.qcow2", 4 * MIB, backing=base, backing_format="raw")
+    with Server(listen=[f"nbd+unix:///?socket={tmp_path / 'socket'}"], backend=backend) as server:
+        server.export("disk", CopyOnRead(Qcow2(File(str(image)))), default=True)
+        handle = nbd.NBD()
+        handle.connect_unix(str(tmp_path / "socket"))
+        handle.pread(64 * 1024, MIB)
+        handle.pwrite(b"new" * 1000, 100_000)
+        handle.shutdown()
+        stats = server.stats()["exports"]["disk"]
+    layers, files = stats["layers"], stats["files"]
+    assert {path: counts["type"] for path, counts in layers.items()} == {
+        "/": "copy-on-read",
+        "/file": "qcow2",
+        "/file/file": "file",
+        "/file/backing": "raw",
+        "/file/backing/file": "file",
+    }
+    top = layers["/"]
+    assert top["requests"] >= 2
+    assert top["registered"] == (top["requests"] if backend == "io_uring" else 0)
+    # A read that is copied goes on twice.
+    assert top["kept"] > top["registered"] if backend == "io_uring" else top["kept"] == 0
+    assert all(counts["lost"] == {} for counts in layers.values()), layers
+    assert set(files) == {str(image), str(base)}
+    assert files[str(base)]["reads"] >= 1
+    assert files[str(image)]["writes"] >= 2

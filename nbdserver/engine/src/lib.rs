@@ -690,7 +690,7 @@ impl Event {
 
 // -- the engine --------------------------------------------------------------------------------------------------
 
-#[pyclass(frozen, module = "nbdserver._engine")]
+#[pyclass(frozen, weakref, module = "nbdserver._engine")]
 struct Engine {
     engine: Arc<engine::Engine>,
 }
