@@ -8,6 +8,7 @@ consistent after ``qemu-img check -r leaks``, open here, and hold everything tha
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from typing import Any
 import nbd
 import pytest
 
+from nbdserver.config import POOL_MIN
 from nbdserver.testing import NbdServers
 from tests.faults.replay import Replay, load
 from tests.oracle.model import Kind, Model, Operation
@@ -105,7 +107,7 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
         path.write_bytes(state)
         try:
             _repair_leaks(path)
-            model.check_crashed(_read_all(nbd_server, path, backend), told.tick(position))
+            model.check_crashed(_read_all(path, backend), told.tick(position))
         except AssertionError as error:
             raise AssertionError(f"state {number}, a crash at {position} of the recording: {error}") from error
 
@@ -119,13 +121,13 @@ def _repair_leaks(path: Path) -> None:
     assert done.returncode == 0 and not wrong, (done.returncode, wrong, done.stdout, done.stderr)
 
 
-def _read_all(nbd_server: NbdServers, path: Path, backend: str) -> bytes:
-    server, uri = nbd_server.start(path, format="qcow2", backend=backend, workers=1, fault_threads=1)
-    try:
+def _read_all(path: Path, backend: str) -> bytes:
+    """The disk, as a server that lives for this long reads it."""
+    with contextlib.ExitStack() as stack:
+        server = NbdServers(path.parent, stack)
+        uri = server(path, format="qcow2", backend=backend, workers=1, fault_threads=1, pool=POOL_MIN)
         handle = nbd.NBD()
         handle.connect_uri(uri)
         data = b"".join(bytes(handle.pread(MIB, offset)) for offset in range(0, SIZE, MIB))
         handle.shutdown()
-        return data
-    finally:
-        server.stop()
+    return data
