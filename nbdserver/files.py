@@ -286,10 +286,6 @@ def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
     return PlainFile(fd, name, read_only)
 
 
-def _mode(mode: FileMode) -> str:
-    return f'cache "{mode.cache}" and aio "{mode.aio}"'
-
-
 #: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).
 Identity = tuple[str, int, int]
 
@@ -304,25 +300,24 @@ class _Open:
     lock: int
     path: str
     read_only: bool
-    mode: FileMode
     users: int = 1
 
 
 class Files:
     """Every file that a server has open: one per inode, whatever its names. Thread-safe.
 
-    A file is open for one writer, or for any number of readers, who then share one descriptor.
+    A file is open for one writer, or for any number of readers; those that use it in the same way share one descriptor.
     """
 
     def __init__(self, wrap: Wrap = _plain) -> None:
         self._wrap = wrap
         self._lock = threading.Lock()
-        self._open: dict[Identity, _Open] = {}
-        self._identities: dict[OpenFile, Identity] = {}
+        self._open: dict[Identity, dict[FileMode, _Open]] = {}
+        self._places: dict[OpenFile, tuple[Identity, FileMode]] = {}
         #: Serialises the opening of images that images name, so that one image is opened once.
         self.images_lock = threading.RLock()
         #: The read-only images that images named, for all who name them.
-        self.images: weakref.WeakValueDictionary[tuple[Identity, str], Layer] = weakref.WeakValueDictionary()
+        self.images: weakref.WeakValueDictionary[tuple[Identity, str, FileMode], Layer] = weakref.WeakValueDictionary()
 
     def open(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
         """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
@@ -333,14 +328,12 @@ class Files:
 
     def _enter(self, fd: int, path: str, read_only: bool, mode: FileMode, undo: contextlib.ExitStack) -> OpenFile:
         identity = _identity(os.fstat(fd))
-        known = self._open.get(identity)
+        same = self._open.get(identity, {})
+        for other in same.values():
+            if not (read_only and other.read_only):
+                raise ImageError(_both_uses(other, read_only), path=path)
+        known = same.get(mode)
         if known is not None:
-            if not (read_only and known.read_only):
-                raise ImageError(_both_uses(known, read_only), path=path)
-            if mode != known.mode:
-                raise ImageError(
-                    f"is wanted with {_mode(mode)} but already open here with {_mode(known.mode)}", path=path
-                )
             known.users += 1
             return known.file
         try:
@@ -355,8 +348,8 @@ class Files:
         except BaseException:
             os.close(lock)
             raise
-        self._open[identity] = _Open(file, lock, path, read_only, mode)
-        self._identities[file] = identity
+        self._open.setdefault(identity, {})[mode] = _Open(file, lock, path, read_only)
+        self._places[file] = (identity, mode)
         return file
 
     def memory(self, size: int, name: str) -> OpenFile:
@@ -372,15 +365,18 @@ class Files:
     def close(self, file: OpenFile) -> None:
         """Let one user of the file go; the last one closes it."""
         with self._lock:  # held to the end, or the next to open the file would meet our own image lock
-            identity = self._identities.get(file)
-            if identity is None:
+            place = self._places.get(file)
+            if place is None:
                 file.close()
                 return
-            known = self._open[identity]
+            identity, mode = place
+            known = self._open[identity][mode]
             known.users -= 1
             if known.users:
                 return
-            del self._open[identity], self._identities[file]
+            del self._open[identity][mode], self._places[file]
+            if not self._open[identity]:
+                del self._open[identity]
             try:
                 file.close()
             finally:
@@ -468,10 +464,13 @@ class FileOpener:
         self._allocate = allocate
         self._meter = meter
         sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_COUNT_MAX))
+        #: How the file was opened of the image that this opener opens: those that it names are opened likewise.
+        self._mode = FILE_MODE
         #: The images on the way from the configured one to the one that this opener opens.
         self._chain: tuple[Identity, ...] = ()
 
     def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
+        self._mode = mode
         return self._files.open(path, read_only=read_only, mode=mode)
 
     def memory(self, size: int, name: str) -> OpenFile:
@@ -514,7 +513,7 @@ class FileOpener:
         with self._files.images_lock:
             format = PROTOCOL_FORMATS.get(format, format) if format else self._files.probe(path)
             if read_only:
-                shared = self._files.images.get((identity, format))
+                shared = self._files.images.get((identity, format, self._mode))
                 if shared is not None:
                     _all_within(shared, roots, source)  # whoever opened it first may have had wider roots
                     if self._graph.share(shared):
@@ -523,10 +522,10 @@ class FileOpener:
                 self._graph, self._files, read_only=read_only, allocate=self._allocate, meter=self._meter
             )
             opener._roots, opener._chain = roots, (*chain, identity)
-            layer = registry.image(path, format)
+            layer = registry.image(path, format, self._mode)
             self._graph.open(layer, opener)
             if read_only:
-                self._files.images[identity, format] = layer
+                self._files.images[identity, format, self._mode] = layer
             return layer
 
 

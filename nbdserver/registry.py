@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, NamedTuple, NoReturn
 
 import layers
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import Size
+from nbdserver.extent import FILE_MODE, FileMode, Size
 from nbdserver.layer import Layer
 
 #: The entry-point group of other packages' layers.
@@ -123,8 +123,8 @@ def key_of(field: dataclasses.Field[Any]) -> str:
     return _hyphens(field.name.removesuffix("_"))
 
 
-def image(path: str, format: str) -> Layer:
-    """The layers that read the image file at ``path`` of ``format``. Raises ImageError."""
+def image(path: str, format: str, mode: FileMode = FILE_MODE) -> Layer:
+    """The layers that read the image file at ``path`` of ``format``, used as ``mode`` says. Raises ImageError."""
     try:
         cls = layer_type(format)
     except ConfigError as error:
@@ -132,7 +132,7 @@ def image(path: str, format: str) -> Layer:
     required = [field.name for field in dataclasses.fields(cls) if field.init and _required(field)]
     if required != ["file"]:
         raise ImageError(f"the layer {format!r} is no image format (one needs a file and nothing else)", path=path)
-    return build(format, {"file": build("file", {"path": path})})
+    return build(format, {"file": build("file", {"path": path, **mode._asdict()})})
 
 
 def convert(value: object, hint: Any) -> object:

@@ -14,6 +14,7 @@ import pytest
 from layers.file import File
 from layers.qcow2 import Qcow2
 from nbdserver import _engine
+from nbdserver.layer import Layer
 from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import SOON, Background, stopped_at
@@ -55,7 +56,10 @@ def connect(uri: str) -> nbd.NBD:
 
 def engine_file(server: Server) -> _engine.File:
     """The file that the stack of the only export ends at."""
-    layer = server._exports[""].root
+    return engine_file_of(server._exports[""].root)
+
+
+def engine_file_of(layer: Layer) -> _engine.File:
     while not isinstance(layer, File):
         layer = layer.file.layer  # type: ignore[attr-defined]
     assert isinstance(layer.open_file, _engine.File)
@@ -140,6 +144,13 @@ def test_aligned_requests_are_fixed_buffer_io(nbd_server: NbdServers, tmp_path: 
     for offset in range(0, 2 * MIB, 256 * KIB):
         assert handle.pread(256 * KIB, offset) == b"\x09" * (256 * KIB)
         handle.pwrite(b"w" * (256 * KIB), offset)
+    assert handle.pread(256 * KIB, 3 * MIB) == b"\x07" * (256 * KIB)
+    backing = engine_file_of(server._exports[""].root.backing.layer)  # type: ignore[attr-defined]
+    assert backing.alignment is not None, "a backing file is used as the image that names it"
+    counted = backing.counters()
+    assert handle.pread(256 * KIB, 3 * MIB) == b"\x07" * (256 * KIB)
+    assert backing.counters()["fixed"] == counted["fixed"] + 1
+    assert backing.counters()["plain"] == counted["plain"]
     before, calls = engine_file(server).counters(), server.stats()["exports"][""]["write_calls"]
     for offset in range(0, 2 * MIB, 256 * KIB):
         assert handle.pread(256 * KIB, offset) == b"w" * (256 * KIB)
