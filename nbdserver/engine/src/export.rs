@@ -140,6 +140,7 @@ impl Export {
         let mut pieces = Vec::new();
         let cache = self.cache.read().unwrap();
         let covered = cache.lookup_writable(offset, length, &mut pieces);
+        crate::points::reached("export.writable");
         places.extend(
             pieces
                 .into_iter()
@@ -228,6 +229,7 @@ impl Export {
     /// A range has been written (zeroed, trimmed): called when that has completed and before it is answered.
     pub fn written(&self, offset: u64, length: u64) {
         if self.logging.load(SeqCst) {
+            crate::points::reached("export.written");
             for log in self.logs.read().unwrap().iter() {
                 log.mark(offset, length);
             }

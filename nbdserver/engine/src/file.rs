@@ -149,6 +149,7 @@ impl File {
 
     /// Read into `range` of `vector`, blocking; what lies past the end of the file reads as zeroes.
     pub fn read(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
+        crate::points::reached("file.read");
         match self.direct {
             Some(alignment) if !alignment.suits(offset, vector, range.clone()) => {
                 direct::read_padded(self, &self.means.pool, alignment, offset, vector, range)
@@ -227,6 +228,7 @@ impl File {
         if !self.nowait.load(Relaxed) || self.direct.is_some() {
             return Ok(0);
         }
+        crate::points::reached("file.read_nowait");
         let flags = if self.memory {
             ReadWriteFlags::empty()
         } else {
@@ -257,6 +259,7 @@ impl File {
     /// Write `range` of `vector`, blocking; the file grows as needed.
     pub fn write(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
         let began = Instant::now();
+        crate::points::reached("file.write");
         let result = match self.direct {
             None => self.write_aligned(offset, vector, range),
             Some(alignment) => self.write_direct(alignment, offset, vector, range),
@@ -357,6 +360,7 @@ impl File {
             (offset, length),
             Vec::new,
         );
+        crate::points::reached("file.zero");
         let result = self.zero_inner(offset, length, may_unmap, no_fallback);
         self.end(token, result);
         result
@@ -433,6 +437,7 @@ impl File {
     /// Give storage back where the file system can; the contents of the range become undefined.
     pub fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
         let token = self.begin(Operation::Discard, 0, (offset, length), Vec::new);
+        crate::points::reached("file.discard");
         let result = match self.punch(offset, length) {
             Err(errno) if unsupported(errno) => Ok(()),
             result => result,

@@ -207,6 +207,7 @@ impl Ring {
     }
 
     fn completed(&mut self, index: usize, part: usize, result: i32, replies: &mut Vec<Reply>) {
+        crate::points::reached("ring.completed");
         let flight = self.flights[index]
             .as_mut()
             .expect("a completion for a flight");

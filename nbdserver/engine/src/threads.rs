@@ -69,6 +69,12 @@ impl Threads {
     }
 }
 
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 impl Shared {
     fn serve(&self) {
         while let Some(job) = self.next() {
@@ -92,6 +98,7 @@ impl Shared {
 
 /// Carry out all transfers of a read or write, blocking, and answer it.
 fn run(request: Request, transfers: Vec<Transfer>) {
+    crate::points::reached("threads.run");
     let write = request.header.command == command::WRITE;
     let result = run_all(&request, &transfers, write);
     drop(transfers);
