@@ -63,6 +63,7 @@ class Storm:
         self.model, self.weather = model, weather or Weather()
         self.random = random.Random(seed)
         self.done: Counter[Kind] = Counter()
+        self._memory: list[bytearray] = []
         self._failure: BaseException | None = None
         self._killed = False
         self._handles = [_connect(uri) for _ in range(self.weather.connections)]
@@ -163,8 +164,10 @@ class Storm:
         if kind is Kind.READ:
             self._read(handle, operation, index, offset, length)
         elif kind is Kind.WRITE:
-            data = nbd.Buffer.from_bytearray(self.model.payload(operation))
-            handle.aio_pwrite(data, offset, self._ended(operation, index), flags)
+            memory = self._take_memory()
+            memory[:length] = self.model.payload(operation)
+            ended = self._ended(operation, index, memory=memory)
+            handle.aio_pwrite(nbd.Buffer.from_buffer(memoryview(memory)[:length]), offset, ended, flags)
         elif kind is Kind.ZERO:
             flags |= self.random.choice((0, 0, nbd.CMD_FLAG_NO_HOLE, nbd.CMD_FLAG_FAST_ZERO))
             handle.aio_zero(length, offset, self._ended(operation, index), flags)
@@ -176,8 +179,10 @@ class Storm:
             self._status(handle, operation, index, offset, length)
 
     def _read(self, handle: Any, operation: Operation, index: int, offset: int, length: int) -> None:
-        buffer = nbd.Buffer(length)
-        ended = self._ended(operation, index, lambda: self.model.complete(operation, buffer.to_bytearray()))
+        memory = self._take_memory()
+        buffer = nbd.Buffer.from_buffer(memoryview(memory)[:length])
+        complete = lambda: self.model.complete(operation, bytes(memory[:length]))  # noqa: E731
+        ended = self._ended(operation, index, complete, memory)
         if self.random.random() < 0.2:
             handle.aio_pread_structured(buffer, offset, lambda *_: 0, ended, nbd.CMD_FLAG_DF)
         else:
@@ -193,8 +198,16 @@ class Storm:
         ended = self._ended(operation, index, lambda: self.model.complete_status(operation, runs))
         handle.aio_block_status(length, offset, extents, ended, self.random.choice((0, nbd.CMD_FLAG_REQ_ONE)))
 
+    def _take_memory(self) -> bytearray:
+        """Memory for one request: libnbd's bindings never let a buffer go, so that each is used again and again."""
+        return self._memory.pop() if self._memory else bytearray(self.weather.length_max)
+
     def _ended(
-        self, operation: Operation, index: int, complete: Callable[[], None] | None = None
+        self,
+        operation: Operation,
+        index: int,
+        complete: Callable[[], None] | None = None,
+        memory: bytearray | None = None,
     ) -> Callable[[Any], int]:
         """The callback for the reply. It must not raise into libnbd: what it finds wrong is raised by `_wait`."""
 
@@ -209,6 +222,8 @@ class Storm:
                     self._refused(operation, error.value)
             except BaseException as failure:
                 self._failure = self._failure or failure
+            if memory is not None:
+                self._memory.append(memory)
             return 1
 
         return ended
