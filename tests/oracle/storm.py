@@ -181,7 +181,10 @@ class Storm:
     def _read(self, handle: Any, operation: Operation, index: int, offset: int, length: int) -> None:
         memory = self._take_memory()
         buffer = nbd.Buffer.from_buffer(memoryview(memory)[:length])
-        complete = lambda: self.model.complete(operation, bytes(memory[:length]))  # noqa: E731
+
+        def complete() -> None:
+            self.model.complete(operation, memory[:length])
+
         ended = self._ended(operation, index, complete, memory)
         if self.random.random() < 0.2:
             handle.aio_pread_structured(buffer, offset, lambda *_: 0, ended, nbd.CMD_FLAG_DF)
