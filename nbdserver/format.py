@@ -1,0 +1,191 @@
+"""THE CONTRACT, second part: what a format offers to those who handle images as files (``nbdserver image``).
+
+A format is a layer that can also make, describe, repair and change images of its kind. Each ability is a protocol, and a
+layer class has it by having its methods: a format that has no snapshots leaves them out, and who asks for them is told
+so by name. Names are those of QEMU's QAPI (``ImageInfo``, ``ImageCheck``, ``SnapshotInfo``, ...) with underscores.
+
+Class methods work on the bytes of an image that is not open as a disk (``file``: a layer of the host file, open for
+writing where they write); the others on an open layer. Those that change a disk that is being served are called in a
+drained section, where they say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from nbdserver.layer import Layer, Opener
+
+#: Told how much is done: (done, total), of any unit.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """A `Progress` for who does not look."""
+
+
+class Repair(enum.Enum):
+    """What `Checks.check` may mend: ``qemu-img check -r``."""
+
+    NONE = "none"
+    #: Clusters that are counted and not used.
+    LEAKS = "leaks"
+    ALL = "all"
+
+
+@dataclasses.dataclass
+class ImageCheck:
+    """What a check found; the counts are of what is left after repairs. QAPI: ``ImageCheck``."""
+
+    #: Errors that mean wrong data, or danger of it.
+    corruptions: int = 0
+    #: Space that is lost.
+    leaks: int = 0
+    #: Errors of the check itself: what could not be read.
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    #: Where the image ends, bytes of the host file.
+    image_end_offset: int = 0
+    #: Clusters of the disk, and of these allocated, fragmented and compressed ones.
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    #: Each finding in words, with its place; bounded.
+    messages: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The size of the host file of an image, bytes. QAPI: ``BlockMeasureInfo``."""
+
+    #: With this data in it.
+    required: int
+    #: With every cluster allocated.
+    fully_allocated: int
+    #: What persistent bitmaps would add, if any are to be copied.
+    bitmaps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """One internal snapshot. QAPI: ``SnapshotInfo``."""
+
+    id: str
+    name: str
+    vm_state_size: int
+    #: When it was made, ns since 1970.
+    date_ns: int
+    #: The guest's clock then, ns.
+    vm_clock_ns: int
+    #: The disk's size then, bytes; None: an old image does not say.
+    disk_size: int | None = None
+    icount: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bitmap:
+    """One persistent dirty bitmap. QAPI: ``Qcow2BitmapInfo``."""
+
+    name: str
+    #: Bytes that one bit stands for, a power of two.
+    granularity: int
+    #: Whether it records writes.
+    auto: bool
+    #: Whether it was not stored properly, and so says nothing.
+    in_use: bool
+    #: Bytes marked dirty; None if it is not known.
+    count: int | None = None
+
+
+@runtime_checkable
+class Creates(Protocol):
+    """A format of which new images can be made."""
+
+    #: A dataclass, all fields with defaults: the format's ``-o`` options, under QEMU's names. The comment above a field
+    #: (``#:``) is its help. Fields ``backing_file``, ``backing_fmt``, ``preallocation``, ``data_file`` mean what they
+    #: mean in QEMU, where they are there.
+    CreateOptions: ClassVar[type[Any]]
+
+    @classmethod
+    def create(cls, file: Layer, size: int, options: Any, *, opener: Opener, progress: Progress = no_progress) -> None:
+        """Make an empty image of ``size`` bytes in ``file``, which is empty and writable. Raises ConfigError for
+        options that cannot be had (key: the option), OSError."""
+
+    @classmethod
+    def measure(cls, size: int, options: Any, allocated: Iterable[tuple[int, int]]) -> Measure:
+        """How large would the host file be for a disk with ``allocated`` (offset, length) ranges of data, ascending?"""
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A format whose metadata can be checked."""
+
+    @classmethod
+    def check(
+        cls, file: Layer, *, repair: Repair = Repair.NONE, opener: Opener, progress: Progress = no_progress
+    ) -> ImageCheck:
+        """Check the image in ``file``, and mend what ``repair`` allows. Opens what `Layer.open` would refuse for being
+        dirty or corrupt. Raises ImageError if it cannot be checked at all, OSError."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """A format that has more to say than its size."""
+
+    def info(self) -> dict[str, Any]:
+        """QEMU's ``format-specific`` data (``ImageInfoSpecific``), JSON-able, its keys spelled as QEMU spells them."""
+
+
+@runtime_checkable
+class HasSnapshots(Protocol):
+    """A format with internal snapshots. An id or name finds one by id first, as in QEMU. All but the list raise
+    RequestError: ENOENT, EEXIST, ENOTSUP; and are called in a drained section of whoever uses the disk."""
+
+    def snapshots(self) -> Sequence[Snapshot]: ...
+
+    def create_snapshot(self, name: str) -> Snapshot: ...
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Make the disk what it was. Its size may change."""
+
+    def delete_snapshot(self, id_or_name: str) -> None: ...
+
+
+@runtime_checkable
+class HasBitmaps(Protocol):
+    """A format that keeps dirty bitmaps. Raises RequestError: ENOENT, EEXIST, EINVAL, ENOTSUP. Called in a drained
+    section of whoever uses the disk."""
+
+    def bitmaps(self) -> Sequence[Bitmap]: ...
+
+    def add_bitmap(self, name: str, *, granularity: int | None = None, enabled: bool = True) -> None: ...
+
+    def remove_bitmap(self, name: str) -> None: ...
+
+    def enable_bitmap(self, name: str) -> None: ...
+
+    def disable_bitmap(self, name: str) -> None: ...
+
+    def clear_bitmap(self, name: str) -> None: ...
+
+    def merge_bitmap(self, name: str, source: Layer, source_name: str) -> None:
+        """Mark in ``name`` all that is marked in the bitmap of ``source``, which may be this layer."""
+
+
+@runtime_checkable
+class HasBacking(Protocol):
+    """A format whose images can name a backing file."""
+
+    @property
+    def backing_name(self) -> str | None:
+        """The name as the image spells it."""
+
+    @property
+    def backing_format(self) -> str | None: ...
+
+    def set_backing(self, name: str | None, format: str | None) -> None:
+        """Write another name into the image's header; the open layers stay as they are. ENOSPC if there is no room."""
