@@ -1,7 +1,7 @@
 """THE CONTRACT, second part: what a format offers to those who handle images as files (``nbdserver image``).
 
-A format is a layer that can also make, describe, repair and change images of its kind. Each ability is a protocol, and a
-layer class has it by having its methods: a format that has no snapshots leaves them out, and who asks for them is told
+A format is a layer that can also make, describe, repair and change images of its kind. Each ability is a protocol, and
+a layer class has it by having its methods: a format without snapshots leaves them out, and who asks for them is told
 so by name. Names are those of QEMU's QAPI (``ImageInfo``, ``ImageCheck``, ``SnapshotInfo``, ...) with underscores.
 
 Class methods work on the bytes of an image that is not open as a disk (``file``: a layer of the host file, open for
