@@ -27,6 +27,7 @@ from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
+from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
 
 if TYPE_CHECKING:
     from nbdserver.server import Server
@@ -62,7 +63,7 @@ def _check_pool(context: click.Context, parameter: click.Parameter, value: str |
     if value is None:
         return None
     try:
-        return config.size(int(value) if value.isdecimal() else value, config.POOL_MIN, config.POOL_MAX)
+        return config.size(value, POOL_MIN, POOL_MAX)
     except ValueError as error:
         raise click.BadParameter(f"found {value!r}, allowed is {error}", context, parameter) from error
 
@@ -124,7 +125,7 @@ def main() -> None:
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1, config.WORKERS_COUNT_MAX),
+    type=click.IntRange(1, WORKERS_COUNT_MAX),
     metavar="N",
     help="Threads that serve connections.  [default: the engine decides, by the number of cores]",
 )

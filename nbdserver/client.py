@@ -15,18 +15,11 @@ from typing import Final
 
 from nbdserver.errors import ProtocolError
 from nbdserver.handshake import REPLY_MAGIC, ClientFlag, Info, Option, ReplyType, TransmissionFlag
-from nbdserver.limits import STRING_MAX
+from nbdserver.limits import CLIENT_REPLIES_COUNT_MAX, CLIENT_REPLY_MAX, CLIENT_TIMEOUT
 from nbdserver.uri import NbdUri
 
 GREETING_MAGIC: Final = b"NBDMAGIC"
 OPTION_MAGIC: Final = b"IHAVEOPT"
-
-#: How long to wait for a server that says nothing, seconds.
-TIMEOUT_S: Final = 10.0
-#: The largest reply: a name and a description, with the length between them.
-REPLY_MAX: Final = 4 + 2 * STRING_MAX
-#: Replies to one option: no server has more exports.
-REPLIES_COUNT_MAX: Final = 65536
 
 ERROR_BIT: Final = 1 << 31
 
@@ -58,10 +51,10 @@ def list_exports(address: NbdUri) -> list[RemoteExport]:
 
 def _connect(address: NbdUri) -> socket.socket:
     if address.socket is None:
-        return socket.create_connection((address.host, address.port), TIMEOUT_S)
+        return socket.create_connection((address.host, address.port), CLIENT_TIMEOUT)
     with contextlib.ExitStack() as undo:
         connection = undo.enter_context(socket.socket(socket.AF_UNIX))
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(CLIENT_TIMEOUT)
         connection.connect(address.socket)
         undo.pop_all()
         return connection
@@ -119,9 +112,9 @@ class _Client:
     def _ask(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         """The replies to an option, up to and without the ACK. Raises ProtocolError for an error reply."""
         self._send(option, data)
-        for _ in range(REPLIES_COUNT_MAX):
+        for _ in range(CLIENT_REPLIES_COUNT_MAX):
             magic, to, reply_type, length = struct.unpack(">QIII", self._receive(20))
-            if magic != REPLY_MAGIC or to != option or length > REPLY_MAX:
+            if magic != REPLY_MAGIC or to != option or length > CLIENT_REPLY_MAX:
                 raise ProtocolError(f"the server answered option {option} with something that is no reply to it")
             payload = self._receive(length)
             if reply_type == ReplyType.ACK:
@@ -129,7 +122,7 @@ class _Client:
             if reply_type & ERROR_BIT:
                 raise ProtocolError(f"the server refused option {option}: {_text(payload) or hex(reply_type)}")
             yield reply_type, payload
-        raise ProtocolError(f"the server answered option {option} with more than {REPLIES_COUNT_MAX} replies")
+        raise ProtocolError(f"the server answered option {option} with more than {CLIENT_REPLIES_COUNT_MAX} replies")
 
     def _send(self, option: int, data: bytes) -> None:
         self._connection.sendall(OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)

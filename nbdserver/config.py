@@ -56,32 +56,29 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.files import Files
 from nbdserver.handshake import encoded
 from nbdserver.layer import Layer
-from nbdserver.limits import FAULT_THREADS, MIB, PAYLOAD_MAX, POOL_DEFAULT, STRING_MAX, TIB
+from nbdserver.limits import (
+    CONFIG_FILE_MAX,
+    EXPORTS_COUNT_MAX,
+    FAULT_THREADS,
+    FAULT_THREADS_COUNT_MAX,
+    LAYERS_COUNT_MAX,
+    LISTEN_COUNT_MAX,
+    NESTING_MAX,
+    NODES_COUNT_MAX,
+    POOL_DEFAULT,
+    POOL_MAX,
+    POOL_MIN,
+    ROOTS_COUNT_MAX,
+    SHOWN_COUNT_MAX,
+    STRING_MAX,
+    WORKERS_COUNT_MAX,
+)
 from nbdserver.registry import NOWHERE, Where
-
-#: A longer file is no configuration; it is read into memory.
-CONFIG_FILE_MAX: Final = 4 * MIB
-#: What LIST answers must stay sendable: this many names and descriptions of STRING_MAX are 32 MiB.
-EXPORTS_COUNT_MAX: Final = 4096
-NODES_COUNT_MAX: Final = 4096
-#: Addresses; each costs a descriptor.
-LISTEN_COUNT_MAX: Final = 64
-ROOTS_COUNT_MAX: Final = 1024
-#: Layers in one list, and lists in lists: more than anybody writes, less than Python's stack.
-LAYERS_COUNT_MAX: Final = 256
-NESTING_MAX: Final = 16
-#: Threads: more than any machine's cores, few enough to be started.
-WORKERS_COUNT_MAX: Final = 256
-FAULT_THREADS_MAX: Final = 256
-#: The pool must hold the largest payload; and no machine has more memory.
-POOL_MIN: Final = PAYLOAD_MAX
-POOL_MAX: Final = TIB
 
 BACKENDS: Final = ("auto", "io_uring", "threads")
 
 #: Where a server listens that is not told: this machine alone can reach it.
 LISTEN_DEFAULT: Final = f"nbd://127.0.0.1:{uri.PORT_DEFAULT}"
-
 
 #: Keys of layers that name files, relative to the configuration's directory.
 PATH_KEYS: Final = frozenset({"path", "key_file", "key-file"})
@@ -237,7 +234,7 @@ def _engine(table: _Table, directory: str) -> EngineConfig:
         table.choice("backend", BACKENDS, "auto"),
         table.number("workers", 1, WORKERS_COUNT_MAX),
         table.size("pool", POOL_MIN, POOL_MAX) or POOL_DEFAULT,
-        table.number("fault_threads", 1, FAULT_THREADS_MAX) or FAULT_THREADS,
+        table.number("fault_threads", 1, FAULT_THREADS_COUNT_MAX) or FAULT_THREADS,
         None if record is None else os.path.join(directory, record),
     )
 
@@ -614,7 +611,7 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return "a list"
     text = str(value).lower() if isinstance(value, bool) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:80] + "..."
+    return text if len(text) <= SHOWN_COUNT_MAX else text[:SHOWN_COUNT_MAX] + "..."
 
 
 def _toml_key(name: str) -> str:

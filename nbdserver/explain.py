@@ -24,11 +24,8 @@ from nbdserver.extent import CODE, FILE_MODE, ZERO, Extent, FileMode, Special, T
 from nbdserver.files import FileOpener, Files, PlainFile
 from nbdserver.graph import INTENTS, Child, Graph, Leaf, flatten
 from nbdserver.layer import Buffers, Layer
-from nbdserver.limits import PAYLOAD_MAX
+from nbdserver.limits import EXTENTS_SHOWN_COUNT_MAX, PAYLOAD_MAX
 from nbdserver.request import Flag, Operation, Request, Segment, Vector
-
-#: Extents that are shown: more than anybody reads. A walk that goes on says so.
-EXTENTS_COUNT_MAX: Final = 4096
 
 OPERATIONS: Final = {operation.value: operation for operation in (Operation.READ, Operation.WRITE, Operation.ZERO)}
 
@@ -134,7 +131,7 @@ def parse_range(text: str) -> tuple[int, int]:
 def _number(text: str) -> int:
     if text[:2].lower() == "0x":
         return int(text, 16)
-    return registry.parse_size(int(text) if text.isdecimal() else text)
+    return registry.parse_size(text)
 
 
 def _check(operation: Operation, offset: int, length: int, size: int) -> None:
@@ -259,7 +256,7 @@ class _Walk:
 
     def __init__(self, root: Layer, request: Request) -> None:
         self._pending = [_Arrival(0, "", root, request, None)]
-        self._left = EXTENTS_COUNT_MAX
+        self._left = EXTENTS_SHOWN_COUNT_MAX
         #: Whether there was more than is shown.
         self.is_cut_off = False
         self.size = root.size
@@ -392,7 +389,7 @@ def table(explanation: Explanation) -> str:
         rows.extend(_rows(hop))
     lines += ["", *_columns(rows)]
     if it.is_cut_off:
-        lines.append(f"... and more: only {EXTENTS_COUNT_MAX} extents are shown")
+        lines.append(f"... and more: only {EXTENTS_SHOWN_COUNT_MAX} extents are shown")
     engine = [("RANGE", "ENGINE", "WHY")]
     engine += [
         (_range(part.offset, part.length), "faults" if part.faults else "no fault", part.why) for part in it.engine

@@ -31,24 +31,15 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FILE_MODE, FileMode, Meter, MeterLimits, OpenFile
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
-from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, STATUS_COUNT_MAX
+from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_MAX, STATUS_COUNT_MAX, ZERO_PIECE
 from nbdserver.locks import lock_image
 from nbdserver.probe import probe
 from nbdserver.request import Vector
 
 # -- one file ------------------------------------------------------------------------------------------------------
 
-#: Segments of one preadv or pwritev; Linux's UIO_MAXIOV.
-IOV_COUNT_MAX: Final = 1024
-
-#: Zeroes are written out in pieces of this size.
-ZERO_PIECE: Final = 1 << 20
-
 #: Discards on block devices are cut to multiples of this: every logical block size divides it.
 DISCARD_ALIGNMENT: Final = 4096
-
-#: The longest secret: what cryptsetup reads of a key file by default.
-SECRET_MAX: Final = 8 << 20
 
 #: linux/falloc.h and linux/fs.h.
 FALLOC_FL_KEEP_SIZE: Final = 0x01

@@ -21,16 +21,19 @@ from enum import IntEnum, IntFlag
 from typing import Final
 
 from nbdserver.errors import ConfigError
-from nbdserver.limits import DISK_MAX, OPTION_MAX, OPTIONS_COUNT_MAX, PAYLOAD_MAX, QUERIES_COUNT_MAX, STRING_MAX
+from nbdserver.limits import (
+    DISK_MAX,
+    MINIMUM_BLOCK_MAX,
+    OPTION_MAX,
+    OPTIONS_COUNT_MAX,
+    PAYLOAD_MAX,
+    PREFERRED_BLOCK_MIN,
+    QUERIES_COUNT_MAX,
+    SHOWN_COUNT_MAX,
+    STRING_MAX,
+)
 
 REPLY_MAGIC: Final = 0x3E889045565A9
-
-#: proto.md, "Size constraints": the largest minimum block size, and the smallest preferred one.
-MINIMUM_BLOCK_MAX: Final = 1 << 16
-PREFERRED_BLOCK_MIN: Final = 1 << 9
-
-#: How much of a client's string a message or a log line repeats.
-SHOWN_MAX: Final = 64
 
 #: What EXPORT_NAME appends to the answer for clients that have not negotiated NO_ZEROES.
 RESERVED_ZEROES: Final = bytes(124)
@@ -480,4 +483,4 @@ def _reply(option: int, reply_type: ReplyType, data: bytes = b"") -> bytes:
 
 def _shown(text: str) -> str:
     """A string that a client chose, fit for messages and logs: quoted, printable, short."""
-    return repr(text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "...")
+    return repr(text if len(text) <= SHOWN_COUNT_MAX else text[:SHOWN_COUNT_MAX] + "...")

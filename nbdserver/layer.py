@@ -26,12 +26,10 @@ from typing import ClassVar, NamedTuple, ParamSpec, Protocol
 
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, FILE_MODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
+from nbdserver.limits import ZERO_PIECE
 from nbdserver.request import Flag, Request, Vector
 
 Parameters = ParamSpec("Parameters")
-
-#: Zeroes are written out in pieces of this size where a layer has no better way.
-ZERO_CHUNK = 1 << 20
 
 #: The meta context that every layer answers. Its flags: proto.md, "base:allocation metadata context".
 BASE_ALLOCATION = "base:allocation"
@@ -277,10 +275,10 @@ class Layer:
         """
         if request.flags & Flag.NO_FALLBACK:
             raise RequestError(95, f"{self.type} has no fast way to zero")  # 95: ENOTSUP
-        vector = self.allocate(min(request.length, ZERO_CHUNK))
+        vector = self.allocate(min(request.length, ZERO_PIECE))
         vector.zero()
-        for start in range(0, request.length, ZERO_CHUNK):
-            length = min(ZERO_CHUNK, request.length - start)
+        for start in range(0, request.length, ZERO_PIECE):
+            length = min(ZERO_PIECE, request.length - start)
             finish(self.write(Request.write(request.offset + start, vector.slice(0, length))))
         return None
 

@@ -25,8 +25,46 @@ OPTIONS_COUNT_MAX: Final = 512
 #: Meta context queries in one option. No client sends more than a few.
 QUERIES_COUNT_MAX: Final = 32
 
+#: proto.md, "Size constraints": the largest minimum block size, and the smallest preferred one.
+MINIMUM_BLOCK_MAX: Final = 64 * KIB
+PREFERRED_BLOCK_MIN: Final = 512
+
+#: How much of a string that somebody else wrote (a client, a configuration) an error or a log line repeats.
+SHOWN_COUNT_MAX: Final = 64
+
 #: NBD sizes are unsigned 64-bit, files are signed: the largest disk.
 DISK_MAX: Final = (1 << 63) - 1
+
+#: Digits of a size: DISK_MAX has 19. Python refuses to convert thousands.
+SIZE_DIGITS_COUNT_MAX: Final = 20
+
+#: A longer URI is a mistake: an export name and a path, each byte percent-encoded, and a host name, fit.
+URI_COUNT_MAX: Final = 16 * KIB
+
+#: Linux's struct sockaddr_un holds 108 bytes, one of them the NUL at the end.
+SOCKET_PATH_MAX: Final = 107
+
+#: A longer file is no configuration; it is read into memory.
+CONFIG_FILE_MAX: Final = 4 * MIB
+
+#: What LIST answers must stay sendable: this many names and descriptions of STRING_MAX are 32 MiB.
+EXPORTS_COUNT_MAX: Final = 4096
+
+#: Shared stacks of layers: as many as there may be exports.
+NODES_COUNT_MAX: Final = 4096
+
+#: Addresses to listen on; each costs a descriptor.
+LISTEN_COUNT_MAX: Final = 64
+
+#: Directories that images may name files in; each is compared with every such name.
+ROOTS_COUNT_MAX: Final = 1024
+
+#: Layers in one list of a configuration, and lists in lists: more than anybody writes, less than Python's stack.
+LAYERS_COUNT_MAX: Final = 256
+NESTING_MAX: Final = 16
+
+#: A secret: what cryptsetup reads of a key file by default.
+SECRET_MAX: Final = 8 * MIB
 
 #: How deep a graph may be (layers on one path), against loops and stack exhaustion. QEMU users rarely pass 200.
 DEPTH_MAX: Final = 1000
@@ -42,14 +80,35 @@ POOL_DEFAULT: Final = 128 * MIB
 #: such pieces, which the pool's reserve has room for; longer ones are hardly faster.
 BOUNCE_MAX: Final = MIB
 
+#: The pool must hold the largest payload; and no machine has more memory.
+POOL_MIN: Final = PAYLOAD_MAX
+POOL_MAX: Final = TIB
+
+#: Zeroes are written out in pieces of this where there is no better way: as long as a bounce.
+ZERO_PIECE: Final = BOUNCE_MAX
+
+#: Segments of one preadv or pwritev: Linux's UIO_MAXIOV.
+IOV_COUNT_MAX: Final = 1024
+
 #: Python threads that serve faults. Each may block in file I/O; Python itself runs on one at a time.
 FAULT_THREADS: Final = 8
+
+#: Threads that may be asked for: more than any machine's cores, few enough to be started.
+WORKERS_COUNT_MAX: Final = 256
+FAULT_THREADS_COUNT_MAX: Final = 256
+
+#: Fruitless attempts to make a range writable in the cache before its data goes through Python: the mapping is changing
+#: faster than it can be entered.
+FILLS_COUNT_MAX: Final = 8
 
 #: Extents one fault may bring beyond those it was asked for: read-ahead that costs below a millisecond.
 EXTENTS_AHEAD_MAX: Final = 512
 
 #: Block status descriptors in one reply. QEMU's NBD_MAX_BLOCK_STATUS_EXTENTS is 1 MiB / 8; a client asks again.
 STATUS_COUNT_MAX: Final = 8192
+
+#: Extents that ``nbdserver explain`` shows: more than anybody reads. A walk that goes on says so.
+EXTENTS_SHOWN_COUNT_MAX: Final = 4096
 
 #: Engine threads by default: one a processor, but no more than this; each holds a receive buffer and a ring.
 WORKERS_MAX: Final = 16
@@ -65,3 +124,13 @@ DRAIN_TIMEOUT: Final = 60.0
 
 #: Connections the kernel queues before they are accepted.
 CONNECTIONS_BACKLOG: Final = 128
+
+#: As a client (``nbdserver list URI``): seconds to wait for a server that says nothing; the largest reply, a name and a
+#: description with the length between them; replies to one option, as no server has more exports.
+CLIENT_TIMEOUT: Final = 10.0
+CLIENT_REPLY_MAX: Final = 4 + 2 * STRING_MAX
+CLIENT_REPLIES_COUNT_MAX: Final = 65536
+
+#: In tests: seconds that a server process may take to begin to serve, and to stop when asked to.
+PROCESS_START_TIMEOUT: Final = 30.0
+PROCESS_STOP_TIMEOUT: Final = 60.0

@@ -28,6 +28,7 @@ import layers
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FILE_MODE, FileMode, Size
 from nbdserver.layer import Layer
+from nbdserver.limits import SHOWN_COUNT_MAX, SIZE_DIGITS_COUNT_MAX
 
 #: The entry-point group of other packages' layers.
 GROUP: Final = "nbdserver.layers"
@@ -110,7 +111,7 @@ def build(type: str, keys: Mapping[str, object], where: Where = NOWHERE) -> Laye
         try:
             values[field.name] = convert(value, hints[field.name])
         except _Unfit as unfit:
-            _refuse(where, key, f"found {value!r}, allowed is {unfit}")
+            _refuse(where, key, f"found {_shown(value)}, allowed is {unfit}")
     for key, field in fields.items():
         if field.name not in values and _required(field):
             _refuse(where, key, f"missing: the layer {type!r} needs {_allowed(hints[field.name])}")
@@ -163,15 +164,14 @@ def convert(value: object, hint: Any) -> object:
     return _fit(fits, value, hint)
 
 
+_SIZE: Final = rf"(\d{{1,{SIZE_DIGITS_COUNT_MAX}}})(?:([KMGTPE])(?:iB)?)?"
+
+
 def parse_size(value: object) -> int:
     """Bytes, from an int or from "4096", "64K", "64KiB", "1G": powers of 1024. ValueError says what is allowed."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    found = (
-        re.fullmatch(r"(\d+)(?:([KMGTPE])(?:iB)?)?", value, re.IGNORECASE | re.ASCII)
-        if isinstance(value, str)
-        else None
-    )
+    found = re.fullmatch(_SIZE, value, re.IGNORECASE | re.ASCII) if isinstance(value, str) else None
     if found is None:
         raise _Unfit(_allowed(Size))
     return int(found[1]) << 10 * " KMGTPE".index((found[2] or " ").upper())
@@ -223,6 +223,11 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 def _refuse(where: Where, key: str, message: str) -> NoReturn:
     raise ConfigError(message, file=where.file, table=where.table, key=key)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_COUNT_MAX else text[:SHOWN_COUNT_MAX] + "..."
 
 
 def _suggest(name: str, known: list[str]) -> str:

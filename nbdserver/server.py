@@ -34,6 +34,7 @@ from nbdserver.limits import (
     DRAIN_TIMEOUT,
     EXTENTS_AHEAD_MAX,
     FAULT_THREADS,
+    FILLS_COUNT_MAX,
     HANDSHAKE_TIMEOUT,
     POOL_DEFAULT,
     STATUS_COUNT_MAX,
@@ -52,9 +53,6 @@ FAST_ZERO: Final = 1 << 4
 #: How `_engine` is told of ZERO and CODE.
 ENGINE_ZERO: Final = 0
 ENGINE_CODE: Final = 1
-
-#: Fruitless attempts to make a range writable in the cache before its data goes through Python.
-FILLS_MAX: Final = 8
 
 _log = logging.getLogger("nbdserver")
 
@@ -155,7 +153,7 @@ class Export:
                     self.engine_export.fill(fault.sequence, offset, self._extents(offset, length))
                     wanted = fault.again()
                 case "write":
-                    if not fault.mapped and fills < FILLS_MAX and self._make_writable(fault, offset, length):
+                    if not fault.mapped and fills < FILLS_COUNT_MAX and self._make_writable(fault, offset, length):
                         fills += 1
                         wanted = fault.again()
                     else:

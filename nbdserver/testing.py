@@ -29,21 +29,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nbdserver import uri
 from nbdserver.config import ExportConfig
 from nbdserver.layer import Layer
+from nbdserver.limits import PROCESS_START_TIMEOUT, PROCESS_STOP_TIMEOUT
 from nbdserver.uri import NbdUri
 
 if TYPE_CHECKING:
     from nbdserver.server import Server
-
-#: How long a server process may take to begin to serve, and to stop when asked to, seconds.
-START_MAX_S: Final = 30.0
-STOP_MAX_S: Final = 60.0
 
 
 class ServerProcess:
@@ -74,7 +71,7 @@ class ServerProcess:
         with self._log.open("ab") as log:
             before = log.tell()
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._cwd)
-        deadline = time.monotonic() + START_MAX_S
+        deadline = time.monotonic() + PROCESS_START_TIMEOUT
         while not self._is_ready(before):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
@@ -113,7 +110,7 @@ class ServerProcess:
         """Wait until it has stopped; its exit status. Raises subprocess.TimeoutExpired, having killed it."""
         assert self._process is not None, "not running"
         try:
-            return self._process.wait(STOP_MAX_S)
+            return self._process.wait(PROCESS_STOP_TIMEOUT)
         finally:
             self.kill()
 

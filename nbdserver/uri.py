@@ -18,16 +18,11 @@ from typing import Final
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from nbdserver.errors import ConfigError
+from nbdserver.limits import SOCKET_PATH_MAX, URI_COUNT_MAX
 
 #: The port assigned by IANA; uri.md, "NBD URI authority".
 PORT_DEFAULT: Final = 10809
 PORT_MAX: Final = (1 << 16) - 1
-
-#: Linux's struct sockaddr_un holds 108 bytes, one of them the NUL at the end.
-SOCKET_PATH_MAX: Final = 107
-
-#: A longer URI is a mistake: an export name and a path, each byte percent-encoded, and a host name, fit.
-URI_MAX: Final = 16 * 1024
 
 #: RFC 3986, appendix B: scheme, authority, path, query, fragment.
 _PARTS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL)
@@ -109,8 +104,8 @@ def _parse(text: str) -> NbdUri:
 
 
 def _check_characters(text: str) -> None:
-    if len(text) > URI_MAX:
-        raise ValueError(f"it is {len(text)} characters long, at most {URI_MAX} are allowed")
+    if len(text) > URI_COUNT_MAX:
+        raise ValueError(f"it is {len(text)} characters long, at most {URI_COUNT_MAX} are allowed")
     foreign = _FOREIGN.search(text)
     if foreign:
         escaped = quote(foreign[0].encode(errors="surrogatepass"), safe="")

@@ -335,6 +335,7 @@ def test_images_of_one_name() -> None:
         (("disk.img", "--format", "memory"), "the layer 'memory' is no image format"),
         (("disk.img", "--pool", "1K"), "found '1K', allowed is a size from 32M to 1T"),
         (("disk.img", "--pool", "x"), "found 'x', allowed is a size in bytes"),
+        (("disk.img", "--pool", "9" * 5000), "allowed is a size in bytes"),
         (("disk.img", "--workers", "0"), "0 is not in the range 1<=x<=256"),
         (("disk.img", "--backend", "fast"), "'fast' is not one of 'auto', 'io_uring', 'threads'"),
         (("--nosuch",), "No such option"),

@@ -133,7 +133,7 @@ def test_the_table_has_a_row_for_each_extent(chain: Path) -> None:
 
 
 def test_more_extents_than_anybody_reads_are_cut_off(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "EXTENTS_COUNT_MAX", 2)
+    monkeypatch.setattr(explain, "EXTENTS_SHOWN_COUNT_MAX", 2)
     assert told(chain, "", "read", "0+512K")["is_cut_off"]
     assert "and more" in run(chain, "", "read", "0+512K").stdout
 

@@ -21,7 +21,7 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.files import FileOpener, Files, PlainFile, resolve_name
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
-from nbdserver.limits import STATUS_COUNT_MAX
+from nbdserver.limits import IOV_COUNT_MAX, STATUS_COUNT_MAX, ZERO_PIECE
 from nbdserver.probe import MAGICS, identify, probe
 from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Memory as Buffer
@@ -65,7 +65,7 @@ def test_a_write_past_the_end_grows_the_file(file: PlainFile) -> None:
 
 
 def test_vectors_longer_than_one_system_call_takes(file: PlainFile) -> None:
-    data = os.urandom(3 * files_module.IOV_COUNT_MAX + 1)
+    data = os.urandom(3 * IOV_COUNT_MAX + 1)
     memory = Buffer(data)
     file.write(5, Vector(Segment(memory, i, 1) for i in range(len(data))))
     target = Buffer(len(data))
@@ -122,7 +122,7 @@ def test_zero_writes_zeroes_where_the_file_system_has_no_better(
     file: PlainFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_fallocate(monkeypatch, errno.EOPNOTSUPP)
-    size = files_module.ZERO_PIECE + 10
+    size = ZERO_PIECE + 10
     pwrite(file, 0, b"d" * (size + 2))
     file.zero(1, size, may_unmap=True, no_fallback=False)
     assert pread(file, 0, size + 2) == b"d" + bytes(size) + b"d"

@@ -268,7 +268,9 @@ def test_sizes(text: object, size: int) -> None:
     assert registry.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", -1, "1.5G", "1 G", "1KB", "0x10", 1.5, True, None, "1G\n", "\u0661"])
+@pytest.mark.parametrize(
+    "text", ["", "K", "-1", -1, "1.5G", "1 G", "1KB", "0x10", 1.5, True, None, "1G\n", "\u0661", "9" * 21, "9" * 5000]
+)
 def test_what_is_no_size(text: object) -> None:
     with pytest.raises(ValueError, match="a size in bytes"):
         registry.parse_size(text)

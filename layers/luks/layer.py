@@ -20,11 +20,12 @@ from typing import ClassVar, Final
 from layers.luks.ciphers import Scheme, SectorCipher, sector_cipher
 from layers.luks.header import read_header
 from layers.luks.keyslots import unlock
+from layers.luks.limits import DECRYPT_MAX
 from layers.ondisk.luks import SECTOR
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent, Transform
 from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
-from nbdserver.limits import BOUNCE_MAX, DISK_MAX, KIB
+from nbdserver.limits import BOUNCE_MAX, DISK_MAX
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Request, Vector
 
@@ -32,9 +33,6 @@ from nbdserver.request import Request, Vector
 ENGINE_SCHEME: Final = Scheme("xts", "plain64")
 ENGINE_CIPHER: Final = "aes-xts-plain64"
 ENGINE_KEY_LENGTHS: Final = (32, 64)
-
-#: What is decrypted at once: it is copied on the way, so not too much.
-DECRYPT_MAX: Final = 64 * KIB
 
 
 @dataclasses.dataclass(eq=False)

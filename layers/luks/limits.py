@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from nbdserver.limits import KIB
+
 #: Hash rounds that trying one passphrase on all key slots may take: iterations, times the hashes that make up the key,
 #: over all slots. About two minutes of a slow processor, so that a hostile image cannot hang its opening; room for
 #: eight slots that were each made to take two seconds of a very fast one, which is what QEMU and cryptsetup aim at.
 HASH_ROUNDS_COUNT_MAX: Final = 1 << 27
+
+#: What is decrypted at once: it is copied on the way, so not too much.
+DECRYPT_MAX: Final = 64 * KIB

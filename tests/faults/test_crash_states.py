@@ -21,7 +21,7 @@ from typing import Any
 import nbd
 import pytest
 
-from nbdserver.config import POOL_MIN
+from nbdserver.limits import POOL_MIN
 from nbdserver.testing import NbdServers
 from tests.faults.replay import Replay, load
 from tests.oracle.model import Kind, Model, Operation
