@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from nbdserver.layer import Layer, Opener
 
@@ -101,6 +101,23 @@ class Bitmap:
     count: int | None = None
 
 
+class MapEntry(NamedTuple):
+    """What one layer itself says of a range of its disk. QAPI: ``MapEntry``; QEMU's block status of one node.
+
+    Neither ``data`` nor ``zero``: the layer has nothing there, so that a backing file shows, or else zeroes.
+    """
+
+    length: int
+    #: There is something stored that must be read (it may be zeroes all the same).
+    data: bool = False
+    #: It reads as zeroes.
+    zero: bool = False
+    compressed: bool = False
+    #: The child in which the bytes lie one to one, from ``offset`` on; None: in none.
+    child: Layer | None = None
+    offset: int = 0
+
+
 @runtime_checkable
 class Creates(Protocol):
     """A format of which new images can be made."""
@@ -138,6 +155,33 @@ class Describes(Protocol):
 
     def info(self) -> dict[str, Any]:
         """QEMU's ``format-specific`` data (``ImageInfoSpecific``), JSON-able, its keys spelled as QEMU spells them."""
+
+
+@runtime_checkable
+class Maps(Protocol):
+    """A format that says more of its own mapping than `Layer.resolve` can."""
+
+    def map(self, offset: int, length: int) -> Iterator[MapEntry]:
+        """Entries from ``offset`` on, covering ``length`` bytes exactly; neighbours may be alike. Raises ImageError,
+        OSError."""
+
+
+@runtime_checkable
+class HasClusters(Protocol):
+    """A format that allocates in units."""
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes. QAPI: ``ImageInfo.cluster-size``."""
+
+
+@runtime_checkable
+class HasDirtyFlag(Protocol):
+    """A format whose images say whether they were closed properly."""
+
+    @property
+    def dirty_flag(self) -> bool:
+        """Whether it was not. QAPI: ``ImageInfo.dirty-flag``."""
 
 
 @runtime_checkable
@@ -189,3 +233,12 @@ class HasBacking(Protocol):
 
     def set_backing(self, name: str | None, format: str | None) -> None:
         """Write another name into the image's header; the open layers stay as they are. ENOSPC if there is no room."""
+
+
+@runtime_checkable
+class Empties(Protocol):
+    """A format whose images can give up all that they hold, so that their backing file shows throughout."""
+
+    def make_empty(self) -> None:
+        """Give up everything. Wherever a crash comes, every range shows what it did or what the backing file has there.
+        Called in a drained section of whoever uses the disk. Raises RequestError, OSError, ImageError."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
-from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD
+from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD, INCOMPATIBLE_DIRTY
 from layers.qcow2 import status
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.header import Header, check_writable, read_header
@@ -21,6 +21,7 @@ from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
+from nbdserver.format import MapEntry
 from nbdserver.graph import attach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
@@ -124,6 +125,14 @@ class Qcow2(Layer):
     def read_only(self) -> bool:
         return self._writer is None
 
+    @property
+    def cluster_size(self) -> int:
+        return self.reader.geometry.cluster_size
+
+    @property
+    def dirty_flag(self) -> bool:
+        return bool(self._header.incompatible & INCOMPATIBLE_DIRTY)
+
     # -- where the bytes live ---------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
@@ -199,11 +208,17 @@ class Qcow2(Layer):
         if self._writer is not None:
             self._writer.flush()
 
+    def make_empty(self) -> None:
+        self.writer.make_empty()
+
     # -- block status -----------------------------------------------------------------------------------------------
 
     def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         preallocated = context == BASE_ALLOCATION and self._has_preallocation()
         return status.status(self.reader, context, offset, length, preallocated=preallocated)
+
+    def map(self, offset: int, length: int) -> Iterator[MapEntry]:
+        return status.entries(self.reader, offset, length, preallocated=self._has_preallocation())
 
     def _has_preallocation(self) -> bool:
         """`status.has_preallocation`, asked once, as QEMU does: it says how the image was made."""

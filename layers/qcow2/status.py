@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
+from nbdserver.format import MapEntry
 from nbdserver.layer import ALLOCATION_DEPTH, BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer
 
 #: QEMU measures disks in sectors: a file that ends within one reaches to the sector's end.
@@ -32,6 +33,25 @@ def status(reader: Reader, context: str, offset: int, length: int, *, preallocat
             yield from _in_file(reader, run, start, stop)
         else:
             yield stop - start, 0 if run.kind in (Kind.NORMAL, Kind.COMPRESSED) else ABSENT
+
+
+def entries(reader: Reader, offset: int, length: int, *, preallocated: bool) -> Iterator[MapEntry]:
+    """What the image itself says of a range: `nbdserver.format.Maps`."""
+    for run, start, stop in reader.spans(offset, length):
+        if run.kind is Kind.UNALLOCATED:
+            yield MapEntry(stop - start)
+        elif run.kind is Kind.COMPRESSED:
+            yield MapEntry(stop - start, data=True, compressed=True)
+        elif run.kind is Kind.ZERO:
+            yield MapEntry(stop - start, zero=True)
+        elif run.kind is Kind.ZERO_ALLOCATED:
+            yield MapEntry(stop - start, zero=True, child=reader.storage.file, offset=reader.place(run, start))
+        else:
+            place = reader.place(run, start)
+            runs = _in_file(reader, run, start, stop) if preallocated else ((stop - start, 0),)
+            for count, flags in runs:
+                yield MapEntry(count, data=True, zero=bool(flags), child=reader.storage.file, offset=place)
+                place += count
 
 
 def has_preallocation(reader: Reader, refcounts: Refcounts, lock: threading.Lock) -> bool:

@@ -287,6 +287,26 @@ class Writer:
             self._write(Request.write(start, zeroes.slice(0, length)))
             start += length
 
+    def make_empty(self) -> None:
+        """Have the active state hold nothing. Each L2 entry is right by itself, whether its sector got out or not: it
+        names what it did, or nothing."""
+        per_table, end = self._geometry.l2_entries, self._geometry.clusters(self._reader.size)
+        for first in range(0, end, per_table):
+            self._relieve()
+            count = min(per_table, end - first)
+            with self._clusters.exclusive(first, count):
+                for run in self._mapping.runs(first, first + count, ahead=False):
+                    if run.kind is not Kind.UNALLOCATED:
+                        self._unlink(run)
+
+    def _unlink(self, run: Run) -> None:
+        """Have L2 entries say that there is nothing."""
+        self._order.check()
+        with self._lock:
+            nothing = array("Q", [0]) * (run.stop - run.first)
+            self._mapping.replace(run.first, nothing, discard=self._discard.request)
+            self._announce(run.first, run.stop)
+
     # -- common to all ----------------------------------------------------------------------------------------------
 
     def _relieve(self) -> None:
