@@ -172,8 +172,9 @@ class Event:
     def next(self, data: bytes) -> None:
         """Send ``data`` and take the next option."""
 
-    def begin(self, data: bytes, export: Export, structured: bool, contexts: Sequence[tuple[int, str]]) -> None:
-        """Send ``data`` and begin the transmission phase."""
+    def begin(self, data: bytes, export: Export, style: str, contexts: Sequence[tuple[int, str]]) -> None:
+        """Send ``data`` and begin the transmission phase. ``style``: "simple", "structured" or "extended", by what was
+        negotiated (`handshake.Style`); ValueError for any other."""
 
     def end(self, data: bytes) -> None:
         """Send ``data`` and close."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum, IntFlag, StrEnum
 from typing import Final
 
 from nbdserver.errors import ConfigError
@@ -60,6 +60,7 @@ class TransmissionFlag(IntFlag):
     CAN_MULTI_CONN = 1 << 8
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -73,6 +74,7 @@ class Option(IntEnum):
     STRUCTURED_REPLY = 8
     LIST_META_CONTEXT = 9
     SET_META_CONTEXT = 10
+    EXTENDED_HEADERS = 11
 
 
 class ReplyType(IntEnum):
@@ -87,7 +89,18 @@ class ReplyType(IntEnum):
     ERR_INVALID = 1 << 31 | 3
     ERR_UNKNOWN = 1 << 31 | 6
     ERR_SHUTDOWN = 1 << 31 | 7
+    ERR_BLOCK_SIZE_REQD = 1 << 31 | 8
     ERR_TOO_BIG = 1 << 31 | 9
+    ERR_EXT_HEADER_REQD = 1 << 31 | 10
+
+
+class Style(StrEnum):
+    """How requests and replies of the transmission phase are framed, by what was negotiated. Of the last two EXTENDED
+    takes precedence."""
+
+    SIMPLE = "simple"
+    STRUCTURED = "structured"
+    EXTENDED = "extended"
 
 
 class Info(IntEnum):
@@ -167,8 +180,9 @@ class ExportInfo:
         ascending = minimum <= preferred <= maximum <= 0xFFFFFFFF
         return powers and ascending and minimum <= MINIMUM_BLOCK_MAX and preferred >= PREFERRED_BLOCK_MIN
 
-    def flags(self, *, structured: bool) -> TransmissionFlag:
-        """The transmission flags; DF exists only with structured replies."""
+    def flags(self, style: Style, *, contexts: bool = False) -> TransmissionFlag:
+        """The transmission flags. DF exists only where replies are chunks; a list of meta contexts with a request for
+        their status only with extended headers, and where ``contexts`` are negotiated (or may still be)."""
         writable = not self.read_only
         can = {
             TransmissionFlag.READ_ONLY: self.read_only,
@@ -177,10 +191,11 @@ class ExportInfo:
             TransmissionFlag.ROTATIONAL: self.rotational,
             TransmissionFlag.SEND_TRIM: self.can_trim and writable,
             TransmissionFlag.SEND_WRITE_ZEROES: self.can_zero and writable,
-            TransmissionFlag.SEND_DF: self.can_df and structured,
+            TransmissionFlag.SEND_DF: self.can_df and style is not Style.SIMPLE,
             TransmissionFlag.CAN_MULTI_CONN: self.can_multi_conn,
             TransmissionFlag.SEND_CACHE: self.can_cache,
             TransmissionFlag.SEND_FAST_ZERO: self.can_fast_zero and self.can_zero and writable,
+            TransmissionFlag.BLOCK_STATUS_PAYLOAD: contexts and style is Style.EXTENDED,
         }
         flags = TransmissionFlag.HAS_FLAGS
         for flag, is_set in can.items():
@@ -200,12 +215,12 @@ class Reply:
 class Begin:
     """Send ``data``; then the transmission phase of ``export`` begins.
 
-    ``structured``: structured replies were negotiated. ``contexts``: the selected meta contexts, (id, name).
+    ``contexts``: the selected meta contexts, (id, name).
     """
 
     data: bytes
     export: ExportInfo
-    structured: bool
+    style: Style
     contexts: tuple[tuple[int, str], ...]
 
 
@@ -238,7 +253,7 @@ class Handshake:
         self._exports, self._peer, self._stopping = exports, peer, stopping
         self._flags = ClientFlag(0)
         self._options_count = 0
-        self._structured = False
+        self._style = Style.SIMPLE
         # The export that meta contexts were last selected for, and those: they hold for that name alone.
         self._contexts: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
 
@@ -288,6 +303,8 @@ class Handshake:
                 return self._info(option, fields)
             case Option.STRUCTURED_REPLY:
                 return self._structured_reply(fields)
+            case Option.EXTENDED_HEADERS:
+                return self._extended_headers(fields)
             case Option.LIST_META_CONTEXT:
                 return self._list_meta_context(fields)
             case Option.SET_META_CONTEXT:
@@ -297,7 +314,7 @@ class Handshake:
 
     def _dispatch_oversized(self, option: int, length: int) -> Action:
         match option:
-            case Option.LIST | Option.STRUCTURED_REPLY:
+            case Option.LIST | Option.STRUCTURED_REPLY | Option.EXTENDED_HEADERS:
                 raise _RefusalError(ReplyType.ERR_INVALID, f"the option has {length} bytes of data; it takes none")
             case Option.SET_META_CONTEXT:
                 self._contexts = ("", ())
@@ -310,9 +327,11 @@ class Handshake:
         )
 
     def _export_name(self, fields: _Fields) -> Action:
+        if self._style is Style.EXTENDED:
+            raise _RefusalError(ReplyType.ERR_INVALID, "which extended headers rule out: use GO")
         name = fields.rest("export name")
         export = self._find(name)
-        data = struct.pack(">QH", export.size, export.flags(structured=self._structured))
+        data = struct.pack(">QH", export.size, export.flags(self._style))
         if not self._flags & ClientFlag.NO_ZEROES:
             data += RESERVED_ZEROES
         return self._begin(data, name, export)
@@ -333,14 +352,21 @@ class Handshake:
         asked = {fields.u16("information request") for _ in range(fields.u16("number of information requests"))}
         fields.end()
         export = self._find(name)
-        items = self._information(export, asked)
+        if option == Option.GO and export.minimum_block > 1 and Info.BLOCK_SIZE not in asked:
+            raise _RefusalError(
+                ReplyType.ERR_BLOCK_SIZE_REQD,
+                f"export {_shown(export.name)} takes blocks of {export.minimum_block} bytes: ask for BLOCK_SIZE",
+            )
+        selected_for, selected = self._contexts
+        contexts = option == Option.INFO or (selected_for == name and bool(selected))
+        items = self._information(export, asked, contexts)
         data = b"".join(_reply(option, ReplyType.INFO, item) for item in items) + _reply(option, ReplyType.ACK)
         return self._begin(data, name, export) if option == Option.GO else Reply(data)
 
-    def _information(self, export: ExportInfo, asked: set[int]) -> Iterable[bytes]:
+    def _information(self, export: ExportInfo, asked: set[int], contexts: bool) -> Iterable[bytes]:
         """The INFO payloads. Block sizes are told unasked too, as QEMU does: clients must ignore what they do
         not know, and one that would keep to them can only do so when told."""
-        yield struct.pack(">HQH", Info.EXPORT, export.size, export.flags(structured=self._structured))
+        yield struct.pack(">HQH", Info.EXPORT, export.size, export.flags(self._style, contexts=contexts))
         if Info.NAME in asked:
             yield struct.pack(">H", Info.NAME) + export.name.encode()
         if Info.DESCRIPTION in asked and export.description:
@@ -351,8 +377,15 @@ class Handshake:
 
     def _structured_reply(self, fields: _Fields) -> Action:
         fields.end()
-        self._structured = True  # Once more does no harm, and so is allowed.
+        if self._style is Style.EXTENDED:
+            raise _RefusalError(ReplyType.ERR_EXT_HEADER_REQD, "extended headers were negotiated, and stay")
+        self._style = Style.STRUCTURED  # Once more does no harm, and so is allowed.
         return Reply(_reply(Option.STRUCTURED_REPLY, ReplyType.ACK))
+
+    def _extended_headers(self, fields: _Fields) -> Action:
+        fields.end()
+        self._style = Style.EXTENDED
+        return Reply(_reply(Option.EXTENDED_HEADERS, ReplyType.ACK))
 
     def _list_meta_context(self, fields: _Fields) -> Action:
         export, _, queries = self._meta_queries(fields)
@@ -366,8 +399,11 @@ class Handshake:
 
     def _set_meta_context(self, fields: _Fields) -> Action:
         self._contexts = ("", ())  # Also a failing SET replaces what was set.
-        if not self._structured:
-            raise _RefusalError(ReplyType.ERR_INVALID, "STRUCTURED_REPLY must be negotiated before SET_META_CONTEXT")
+        if self._style is Style.SIMPLE:
+            raise _RefusalError(
+                ReplyType.ERR_INVALID,
+                "STRUCTURED_REPLY or EXTENDED_HEADERS must be negotiated before SET_META_CONTEXT",
+            )
         export, name, queries = self._meta_queries(fields)
         chosen = tuple(
             (number, context) for number, context in enumerate(export.contexts, start=1) if context in queries
@@ -399,7 +435,7 @@ class Handshake:
 
     def _begin(self, data: bytes, name: str, export: ExportInfo) -> Begin:
         selected_for, contexts = self._contexts
-        return Begin(data, export, self._structured, contexts if selected_for == name else ())
+        return Begin(data, export, self._style, contexts if selected_for == name else ())
 
     def _end(self, what: str) -> End:
         return End(b"", f"{self._peer} {what}")

@@ -531,7 +531,7 @@ class Server:
         if export is None:  # removed since it was looked up
             event.end(b"")
             return
-        event.begin(action.data, export.engine_export, action.structured, list(action.contexts))
+        event.begin(action.data, export.engine_export, action.style, list(action.contexts))
 
     def _serve_faults(self) -> None:
         while (fault := self._engine.take_fault()) is not None:

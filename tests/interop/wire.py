@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Sequence
 
 from nbdserver.uri import parse
 
@@ -12,14 +13,22 @@ OPTION = struct.Struct(">8sII")
 OPTION_REPLY = struct.Struct(">QIII")
 REQUEST = struct.Struct(">IHHQQI")
 SIMPLE_REPLY = struct.Struct(">IIQ")
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+EXTENDED_CHUNK = struct.Struct(">IHHQQQ")
 
 IHAVEOPT = b"IHAVEOPT"
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_CHUNK_MAGIC = 0x6E8A278C
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 OPT_EXPORT_NAME, OPT_GO = 1, 7
+OPT_SET_META_CONTEXT, OPT_EXTENDED_HEADERS = 10, 11
 REP_ACK = 1
-READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
+DONE = 1
+CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS_EXT, CHUNK_ERROR = 0, 1, 2, 6, 0x8001
 
 
 class Wire:
@@ -72,10 +81,19 @@ class Wire:
         _, _, kind, length = OPTION_REPLY.unpack(self.receive(OPTION_REPLY.size))
         return kind, self.receive(length)
 
-    def go(self) -> None:
-        """From the beginning into transmission, with simple replies."""
+    def go(self, *, contexts: Sequence[str] = (), extended: bool = False) -> None:
+        """From the beginning into transmission: with extended headers and meta contexts, or with simple replies."""
         self.greet()
         name = self.export.encode()
+        if extended:
+            self.option(OPT_EXTENDED_HEADERS)
+            assert self.option_reply() == (REP_ACK, b"")
+        if contexts:
+            queries = b"".join(struct.pack(">I", len(query)) + query.encode() for query in contexts)
+            data = struct.pack(">I", len(name)) + name + struct.pack(">I", len(contexts)) + queries
+            self.option(OPT_SET_META_CONTEXT, data)
+            while self.option_reply()[0] != REP_ACK:
+                pass
         self.option(OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">H", 0))
         while (kind := self.option_reply()[0]) != REP_ACK:
             assert not kind & 1 << 31, hex(kind)
@@ -88,6 +106,21 @@ class Wire:
         magic, error, cookie = SIMPLE_REPLY.unpack(self.receive(SIMPLE_REPLY.size))
         assert magic == SIMPLE_REPLY_MAGIC
         return cookie, error
+
+    def ask(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 0, data: bytes = b""
+    ) -> None:
+        """A request with an extended header. ``length``: that of ``data``, if there is any."""
+        if data and not flags & PAYLOAD_LEN:
+            flags |= PAYLOAD_LEN
+        head = (EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length)
+        self.send(EXTENDED_REQUEST.pack(*head) + data)
+
+    def chunk(self) -> tuple[int, int, int, int, bytes]:
+        """One chunk with an extended header: flags, kind, cookie, offset of the request, payload."""
+        magic, flags, kind, cookie, offset, length = EXTENDED_CHUNK.unpack(self.receive(EXTENDED_CHUNK.size))
+        assert magic == EXTENDED_CHUNK_MAGIC
+        return flags, kind, cookie, offset, self.receive(length)
 
     def close(self) -> None:
         self.socket.close()

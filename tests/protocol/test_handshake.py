@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
 from nbdserver import limits
 from nbdserver.errors import ConfigError
-from nbdserver.handshake import Begin, End, ExportInfo, Handshake, Info, Option, Reply, ReplyType, TransmissionFlag
+from nbdserver.handshake import (
+    Begin,
+    End,
+    ExportInfo,
+    Handshake,
+    Info,
+    Option,
+    Reply,
+    ReplyType,
+    Style,
+    TransmissionFlag,
+)
 
 FIXED = 1
 NO_ZEROES = 2
@@ -99,12 +110,12 @@ def test_client_without_fixed_newstyle_has_no_other_option(option: int) -> None:
 
 def test_export_name_answers_size_flags_and_124_zeroes() -> None:
     action = shake().option(Option.EXPORT_NAME, b"golden")
-    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(structured=False)) + bytes(124), GOLDEN, False, ())
+    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE)) + bytes(124), GOLDEN, Style.SIMPLE, ())
 
 
 def test_export_name_without_zeroes() -> None:
     action = shake(FIXED | NO_ZEROES).option(Option.EXPORT_NAME, b"golden")
-    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(structured=False)), GOLDEN, False, ())
+    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE)), GOLDEN, Style.SIMPLE, ())
 
 
 def test_export_name_keeps_what_was_negotiated() -> None:
@@ -112,7 +123,7 @@ def test_export_name_keeps_what_was_negotiated() -> None:
     ask(handshake, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))
     action = handshake.option(Option.EXPORT_NAME, b"vm")
     assert isinstance(action, Begin)
-    assert action.structured
+    assert action.style is Style.STRUCTURED
     assert [name for _, name in action.contexts] == ["base:allocation"]
 
 
@@ -198,7 +209,7 @@ def test_list_with_data_is_invalid() -> None:
 
 # -- INFO and GO -------------------------------------------------------------------------------------------------
 
-EXPORT_ITEM = (ReplyType.INFO, struct.pack(">HQH", Info.EXPORT, VM.size, VM.flags(structured=False)))
+EXPORT_ITEM = (ReplyType.INFO, struct.pack(">HQH", Info.EXPORT, VM.size, VM.flags(Style.SIMPLE)))
 BLOCKS_ITEM = (ReplyType.INFO, struct.pack(">HIII", Info.BLOCK_SIZE, 1, 65536, limits.PAYLOAD_MAX))
 NAME_ITEM = (ReplyType.INFO, struct.pack(">H", Info.NAME) + b"vm")
 DESCRIPTION_ITEM = (ReplyType.INFO, struct.pack(">H", Info.DESCRIPTION) + b"a machine")
@@ -239,7 +250,7 @@ def test_go_answers_as_info_does_and_begins() -> None:
     action = handshake.option(Option.GO, go("vm", Info.NAME))
     assert isinstance(action, Begin)
     assert list(replies(action.data, Option.GO)) == info
-    assert (action.export, action.structured, action.contexts) == (VM, False, ())
+    assert (action.export, action.style, action.contexts) == (VM, Style.SIMPLE, ())
 
 
 @pytest.mark.parametrize("option", [Option.INFO, Option.GO])
@@ -287,7 +298,7 @@ def test_exports_are_live() -> None:
 def test_structured_replies_bring_df() -> None:
     action = structured(shake()).option(Option.GO, go("vm"))
     assert isinstance(action, Begin)
-    assert action.structured
+    assert action.style is Style.STRUCTURED
     [(_, item), *_] = replies(action.data, Option.GO)
     assert int.from_bytes(item[-2:]) & TransmissionFlag.SEND_DF
 
@@ -301,7 +312,81 @@ def test_structured_reply_with_data_is_invalid_and_not_negotiated() -> None:
     refused(handshake, Option.STRUCTURED_REPLY, b"\0", ReplyType.ERR_INVALID)
     action = handshake.option(Option.GO, go("vm"))
     assert isinstance(action, Begin)
-    assert not action.structured
+    assert action.style is Style.SIMPLE
+
+
+# -- EXTENDED_HEADERS --------------------------------------------------------------------------------------------
+
+
+def extended(handshake: Handshake) -> Handshake:
+    assert ask(handshake, Option.EXTENDED_HEADERS) == [(ReplyType.ACK, b"")]
+    return handshake
+
+
+def flags_of(handshake: Handshake, option: int) -> int:
+    """The transmission flags that INFO or GO tells of "vm"."""
+    [(_, item), *_] = replies(handshake.option(option, go("vm")).data, option)
+    return int.from_bytes(item[-2:])
+
+
+@pytest.mark.parametrize("before", [shake, lambda: structured(shake()), lambda: extended(shake())])
+def test_extended_headers_need_nothing_before_and_bring_df(before: Callable[[], Handshake]) -> None:
+    handshake = extended(before())
+    assert flags_of(handshake, Option.INFO) & TransmissionFlag.SEND_DF
+    action = handshake.option(Option.GO, go("vm"))
+    assert isinstance(action, Begin)
+    assert action.style is Style.EXTENDED
+
+
+def test_extended_headers_with_data_are_invalid_and_not_negotiated() -> None:
+    handshake = shake()
+    refused(handshake, Option.EXTENDED_HEADERS, b"\0", ReplyType.ERR_INVALID)
+    action = handshake.option(Option.GO, go("vm"))
+    assert isinstance(action, Begin)
+    assert action.style is Style.SIMPLE
+
+
+def test_structured_replies_after_extended_headers_are_refused_and_change_nothing() -> None:
+    handshake = extended(shake())
+    refused(handshake, Option.STRUCTURED_REPLY, b"", ReplyType.ERR_EXT_HEADER_REQD)
+    action = handshake.option(Option.GO, go("vm"))
+    assert isinstance(action, Begin)
+    assert action.style is Style.EXTENDED
+
+
+def test_export_name_after_extended_headers_ends_the_connection() -> None:
+    action = extended(shake()).option(Option.EXPORT_NAME, b"vm")
+    assert isinstance(action, End)
+    assert "extended headers" in action.reason
+
+
+def test_contexts_need_no_structured_replies_beside_extended_headers() -> None:
+    handshake = extended(shake())
+    assert ask(handshake, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))[-1] == ACK
+    assert begun(handshake, "vm") == [(1, "base:allocation")]
+
+
+def test_contexts_may_be_named_in_requests_only_where_they_are_negotiated() -> None:
+    payload = TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    assert not flags_of(structured(shake()), Option.INFO) & payload
+    handshake = extended(shake())
+    assert flags_of(handshake, Option.INFO) & payload
+    ask(handshake, Option.SET_META_CONTEXT, meta("golden", "base:allocation"))
+    assert not flags_of(handshake, Option.GO) & payload
+    handshake = extended(shake())
+    ask(handshake, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))
+    assert flags_of(handshake, Option.GO) & payload
+
+
+# -- block sizes -------------------------------------------------------------------------------------------------
+
+
+def test_go_without_the_block_size_is_refused_where_it_matters() -> None:
+    sectors = {"s": ExportInfo("s", 1 << 20, minimum_block=4096)}
+    message = refused(shake(exports=sectors), Option.GO, go("s"), ReplyType.ERR_BLOCK_SIZE_REQD)
+    assert "blocks of 4096 bytes" in message
+    assert isinstance(shake(exports=sectors).option(Option.INFO, go("s")), Reply)
+    assert isinstance(shake(exports=sectors).option(Option.GO, go("s", Info.BLOCK_SIZE)), Begin)
 
 
 # -- meta contexts -----------------------------------------------------------------------------------------------
@@ -445,9 +530,9 @@ def test_meta_context_refuses(option: int, data: bytes, reply_type: ReplyType, m
 # -- everything else ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [0, 4, 5, 11, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("option", [0, 4, 5, 12, 0xFFFFFFFF])
 def test_other_options_are_unsupported(option: int) -> None:
-    """Among them PEEK_EXPORT, STARTTLS and EXTENDED_HEADERS."""
+    """Among them PEEK_EXPORT and STARTTLS."""
     assert refused(shake(), option, b"data", ReplyType.ERR_UNSUP) == f"option {option} is not supported"
 
 
@@ -456,6 +541,7 @@ def test_other_options_are_unsupported(option: int) -> None:
     [
         (Option.LIST, ReplyType.ERR_INVALID),
         (Option.STRUCTURED_REPLY, ReplyType.ERR_INVALID),
+        (Option.EXTENDED_HEADERS, ReplyType.ERR_INVALID),
         (Option.INFO, ReplyType.ERR_TOO_BIG),
         (Option.GO, ReplyType.ERR_TOO_BIG),
         (Option.LIST_META_CONTEXT, ReplyType.ERR_TOO_BIG),
@@ -509,25 +595,25 @@ ALWAYS = T.HAS_FLAGS | T.SEND_FLUSH | T.SEND_CACHE | T.CAN_MULTI_CONN
 
 
 def test_flags_of_a_writable_export() -> None:
-    assert ExportInfo("x", 1).flags(structured=True) == ALWAYS | WRITING | T.SEND_DF
+    assert ExportInfo("x", 1).flags(Style.STRUCTURED) == ALWAYS | WRITING | T.SEND_DF
 
 
 def test_flags_of_a_read_only_export() -> None:
-    assert ExportInfo("x", 1, read_only=True).flags(structured=False) == ALWAYS | T.READ_ONLY
+    assert ExportInfo("x", 1, read_only=True).flags(Style.SIMPLE) == ALWAYS | T.READ_ONLY
 
 
 def test_flags_of_an_export_that_can_nothing() -> None:
     names = ["flush", "fua", "trim", "zero", "fast_zero", "cache", "df", "multi_conn"]
     export = ExportInfo("x", 1, **{f"can_{name}": False for name in names})  # type: ignore[arg-type]
-    assert export.flags(structured=True) == T.HAS_FLAGS
+    assert export.flags(Style.STRUCTURED) == T.HAS_FLAGS
 
 
 def test_fast_zero_depends_on_zero() -> None:
-    assert not ExportInfo("x", 1, can_zero=False).flags(structured=True) & T.SEND_FAST_ZERO
+    assert not ExportInfo("x", 1, can_zero=False).flags(Style.STRUCTURED) & T.SEND_FAST_ZERO
 
 
 def test_rotational_is_told() -> None:
-    assert ExportInfo("x", 1, rotational=True).flags(structured=False) & T.ROTATIONAL
+    assert ExportInfo("x", 1, rotational=True).flags(Style.SIMPLE) & T.ROTATIONAL
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, Reply
+from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, Reply, Style
 from nbdserver.limits import OPTION_MAX, STRING_MAX
 
 EXPORTS = {
@@ -40,7 +40,7 @@ def check(action: Action, option: int) -> None:
     if isinstance(action, Begin):
         assert option == Option.GO
         assert types[-1] == 1
-        assert not action.contexts or action.structured
+        assert not action.contexts or action.style is not Style.SIMPLE
         assert len({number for number, _ in action.contexts}) == len(action.contexts)
     else:
         assert isinstance(action, End) == (option == Option.ABORT)

@@ -15,12 +15,12 @@ use crate::export::Export;
 use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
 use crate::vector::Vector;
-use crate::wire::{self, Header, chunk};
+use crate::wire::{self, Header, Question, Style, chunk};
 
 /// Slices in one vectored send.
 const SLICES_MAX: usize = 256;
-/// Room for the largest fixed-size reply header: a structured chunk's, and the offset that begins its payload.
-const HEAD_MAX: usize = 40;
+/// Room for the largest reply of fixed size: a hole with an extended header.
+const HEAD_MAX: usize = 44;
 
 /// Something to send. `End` marks the end of a reply that held `weight` bytes.
 enum Item {
@@ -143,54 +143,61 @@ impl Outgoing {
 
     /// Queue a reply.
     pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
-        let Reply {
-            cookie,
-            offset,
-            structured,
-            whole,
-            weight,
-            result,
-            ..
-        } = reply;
-        match result {
-            Err(failure) => self.error(cookie, structured, &failure, scratch),
-            Ok(Body::Data { vector, holes }) if structured && !vector.is_empty() => {
-                self.chunks(cookie, offset, &vector, &holes, whole, scratch);
+        let question = Question {
+            extended: reply.style == Style::Extended,
+            cookie: reply.cookie,
+            offset: reply.offset,
+        };
+        let (chunks, cookie) = (reply.style.chunks(), reply.cookie);
+        match reply.result {
+            Err(failure) => self.error(question, chunks, &failure, scratch),
+            Ok(Body::Data { vector, holes }) if chunks && !vector.is_empty() => {
+                self.chunks(question, &vector, &holes, reply.whole, scratch);
             }
-            Ok(Body::Data { vector, .. }) if !structured => {
+            Ok(Body::Data { vector, .. }) if !chunks => {
                 self.head(|out| wire::simple_reply(out, 0, cookie), scratch);
                 self.data(&vector, 0..vector.len());
             }
             Ok(Body::Status(contexts)) => {
                 let last = contexts.len().saturating_sub(1);
                 for (index, (id, runs)) in contexts.iter().enumerate() {
-                    let mut out = Vec::with_capacity(24 + 8 * runs.len());
-                    wire::block_status(&mut out, done_if(index == last), cookie, *id, runs);
+                    let mut out = Vec::with_capacity(40 + 16 * runs.len());
+                    question.block_status(&mut out, done_if(index == last), *id, runs);
                     self.bytes(out);
                 }
             }
-            Ok(_) if structured => self.head(|out| wire::chunk_none(out, cookie), scratch),
+            Ok(_) if chunks => self.head(|out| question.none(out), scratch),
             Ok(_) => self.head(|out| wire::simple_reply(out, 0, cookie), scratch),
         }
-        self.push(Item::End { weight });
+        self.push(Item::End {
+            weight: reply.weight,
+        });
     }
 
-    fn error(&mut self, cookie: u64, structured: bool, failure: &Failure, scratch: &mut Vec<u8>) {
+    fn error(
+        &mut self,
+        question: Question,
+        chunks: bool,
+        failure: &Failure,
+        scratch: &mut Vec<u8>,
+    ) {
         let error = wire::nbd_errno(failure.errno);
-        if structured {
+        if chunks {
             let mut out = Vec::new();
-            wire::error_chunk(&mut out, chunk::FLAG_DONE, cookie, error, &failure.message);
+            question.error(&mut out, chunk::FLAG_DONE, error, &failure.message);
             self.bytes(out);
         } else {
-            self.head(|out| wire::simple_reply(out, error, cookie), scratch);
+            self.head(
+                |out| wire::simple_reply(out, error, question.cookie),
+                scratch,
+            );
         }
     }
 
-    /// A structured read: data and holes in order, the last chunk marked so.
+    /// A read in chunks: data and holes in order, the last chunk marked so.
     fn chunks(
         &mut self,
-        cookie: u64,
-        offset: u64,
+        question: Question,
         vector: &Vector,
         holes: &[(usize, usize)],
         whole: bool,
@@ -210,19 +217,13 @@ impl Outgoing {
                 None => (false, end),
             };
             let flags = done_if(until == end);
-            let at = offset + position as u64;
+            let at = question.offset + position as u64;
             let length = (until - position) as u32;
             if is_hole {
-                self.head(
-                    |out| wire::offset_hole(out, flags, cookie, at, length),
-                    scratch,
-                );
+                self.head(|out| question.hole(out, flags, at, length), scratch);
                 holes.next();
             } else {
-                self.head(
-                    |out| wire::offset_data(out, flags, cookie, at, length),
-                    scratch,
-                );
+                self.head(|out| question.data(out, flags, at, length), scratch);
                 self.data(vector, position..until);
             }
             position = until;
@@ -310,7 +311,7 @@ pub struct Connection {
     /// A request that waits for memory.
     pub ticket: Option<(Header, Ticket)>,
     /// A request that waits for a drained section to end.
-    pub parked: Option<(Header, Vector)>,
+    pub parked: Option<(Header, Vector, Option<Vec<u32>>)>,
     /// Parsing waits for memory, for a drained section to end, or for replies to leave.
     pub stalled: bool,
     /// Nothing more will be read: the client said so, has gone, or the server is stopping.

@@ -290,7 +290,7 @@ impl Fault {
     }
 
     /// Answer a block status request.
-    pub fn status(&mut self, contexts: Vec<(u32, Vec<(u32, u32)>)>) {
+    pub fn status(&mut self, contexts: Vec<(u32, Vec<(u64, u32)>)>) {
         let Some(request) = self.request.take() else {
             return;
         };

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::export::Export;
+use crate::wire::Style;
 use crate::worker::{Inbox, Message};
 
 /// What a connection in its handshake has sent, whole.
@@ -38,7 +39,7 @@ pub enum Action {
     Begin {
         data: Vec<u8>,
         export: Arc<Export>,
-        structured: bool,
+        style: Style,
         contexts: Vec<(u32, String)>,
     },
     /// The connection ends.

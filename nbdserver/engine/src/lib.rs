@@ -46,6 +46,7 @@ use crate::fault::Step;
 use crate::handshake::{Action, Said};
 use crate::request::Failure;
 use crate::vector::Vector;
+use crate::wire::Style;
 
 fn os_error(errno: Errno) -> PyErr {
     let error = std::io::Error::from(errno);
@@ -553,7 +554,7 @@ impl Fault {
     fn contexts(&self) -> Vec<(u32, String)> {
         let request = self.fault.request.as_ref();
         request
-            .map(|request| request.session.contexts.clone())
+            .map(|request| request.contexts())
             .unwrap_or_default()
     }
 
@@ -590,7 +591,7 @@ impl Fault {
         self.fault.fail(Failure { errno, message });
     }
 
-    fn status(&mut self, contexts: Vec<(u32, Vec<(u32, u32)>)>) {
+    fn status(&mut self, contexts: Vec<(u32, Vec<(u64, u32)>)>) {
         self.fault.status(contexts);
     }
 }
@@ -669,16 +670,23 @@ impl Event {
         &self,
         data: &[u8],
         export: &Bound<'_, Export>,
-        structured: bool,
+        style: &str,
         contexts: Vec<(u32, String)>,
-    ) {
+    ) -> PyResult<()> {
         let export = export.get().export.clone();
+        let style = match style {
+            "simple" => Style::Simple,
+            "structured" => Style::Structured,
+            "extended" => Style::Extended,
+            _ => return Err(PyValueError::new_err("no such style")),
+        };
         self.event.act(Action::Begin {
             data: data.to_vec(),
             export,
-            structured,
+            style,
             contexts,
         });
+        Ok(())
     }
 
     fn end(&self, data: &[u8]) {

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use crate::export::{Export, Running};
 use crate::vector::Vector;
-use crate::wire::Header;
+use crate::wire::{Header, Style};
 use crate::worker::{Inbox, Message};
 
 /// What a connection negotiated, as its requests need it.
@@ -14,7 +14,7 @@ pub struct Session {
     pub inbox: Arc<Inbox>,
     /// The connection's number within its worker; never used again.
     pub connection: u64,
-    pub structured: bool,
+    pub style: Style,
     /// Meta contexts as (identifier, name).
     pub contexts: Vec<(u32, String)>,
 }
@@ -24,6 +24,8 @@ pub struct Request {
     pub export: Arc<Export>,
     pub vector: Vector,
     pub session: Arc<Session>,
+    /// The meta contexts a BLOCK_STATUS asks for, by their identifiers; None: all.
+    pub named: Option<Vec<u32>>,
     /// Ranges of a read that are known to be zeroes, as (start, length); their memory is not filled.
     pub holes: Vec<(usize, usize)>,
     /// Meters charged so far, of those on its way.
@@ -55,14 +57,14 @@ pub enum Body {
         holes: Vec<(usize, usize)>,
     },
     /// Block status: per meta context its identifier and (length, flags) runs.
-    Status(Vec<(u32, Vec<(u32, u32)>)>),
+    Status(Vec<(u32, Vec<(u64, u32)>)>),
 }
 
 pub struct Reply {
     pub connection: u64,
     pub cookie: u64,
     pub offset: u64,
-    pub structured: bool,
+    pub style: Style,
     /// Whether the answer must be one chunk (the DF flag).
     pub whole: bool,
     /// Bytes of memory the request held.
@@ -71,9 +73,16 @@ pub struct Reply {
 }
 
 impl Request {
+    /// The meta contexts whose status is asked for, as (identifier, name).
+    pub fn contexts(&self) -> Vec<(u32, String)> {
+        let asked = |id| self.named.as_ref().is_none_or(|named| named.contains(id));
+        let contexts = self.session.contexts.iter();
+        contexts.filter(|(id, _)| asked(id)).cloned().collect()
+    }
+
     /// Whether holes may be answered as holes.
     pub fn takes_holes(&self) -> bool {
-        self.session.structured && self.header.flags & crate::wire::flag::DF == 0
+        self.session.style.chunks() && self.header.flags & crate::wire::flag::DF == 0
     }
 
     /// All or, if it failed, perhaps a part of its range has been written: to be called before it is answered, and before
@@ -88,7 +97,7 @@ impl Request {
             connection: self.session.connection,
             cookie: self.header.cookie,
             offset: self.header.offset,
-            structured: self.session.structured,
+            style: self.session.style,
             whole: self.header.flags & crate::wire::flag::DF != 0,
             weight: self.vector.len(),
             result,

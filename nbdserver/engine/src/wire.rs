@@ -1,16 +1,19 @@
 //! The NBD transmission phase on the wire: parsing, judging and encoding, with no socket in sight.
 //!
 //! ```text
-//! request   magic 4 | flags 2 | command 2 | cookie 8 | offset 8 | length 4 | WRITE: payload
-//! simple    magic 4 | error 4 | cookie 8 | READ without error: payload
-//! chunk     magic 4 | flags 2 | kind 2 | cookie 8 | length 4 | payload of `length` bytes
+//! request            magic 4 | flags 2 | command 2 | cookie 8 | offset 8 | length 4 | WRITE: payload
+//! extended request   magic 4 | flags 2 | command 2 | cookie 8 | offset 8 | length 8 | PAYLOAD_LEN: payload
+//! simple reply       magic 4 | error 4 | cookie 8 | READ without error: payload
+//! chunk              magic 4 | flags 2 | kind 2 | cookie 8 | length 4 | payload of `length` bytes
+//! extended chunk     magic 4 | flags 2 | kind 2 | cookie 8 | offset 8 | length 8 | payload of `length` bytes
 //! ```
 //!
 //! Specification: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, "Transmission
-//! phase". Everything is big-endian.
+//! phase", and the same document on the branch `extension-ext-header`. Everything is big-endian.
 
-/// The size of a request without its payload.
+/// The size of a request without its payload: compact, and with extended headers.
 pub const REQUEST_SIZE: usize = 28;
+pub const EXTENDED_REQUEST_SIZE: usize = 32;
 
 /// The longest error message: proto.md, "Conventions", on strings.
 pub const MESSAGE_MAX: usize = 4096;
@@ -20,9 +23,43 @@ pub const MESSAGE_MAX: usize = 4096;
 /// never to be taken for one.
 pub const DRAIN_MAX: u64 = 1 << 25;
 
+/// The longest extent of a status chunk in its compact form: what 32 bits hold, a multiple of every block size.
+const EXTENT_MAX: u64 = (1 << 32) - (1 << 16);
+
+/// Meta contexts that a BLOCK_STATUS may name in its payload: more than an export has.
+const NAMED_CONTEXTS_MAX: u64 = 1 << 10;
+
 const REQUEST_MAGIC: u32 = 0x2560_9513;
+const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 const CHUNK_MAGIC: u32 = 0x668e_33ef;
+const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
+
+/// How client and server talk in the transmission phase, by what was negotiated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Style {
+    Simple,
+    /// Structured replies.
+    Structured,
+    /// Extended headers, both ways.
+    Extended,
+}
+
+impl Style {
+    /// Whether replies are chunks.
+    pub fn chunks(self) -> bool {
+        self != Style::Simple
+    }
+
+    /// The size of a request without its payload.
+    pub fn request_size(self) -> usize {
+        if self == Style::Extended {
+            EXTENDED_REQUEST_SIZE
+        } else {
+            REQUEST_SIZE
+        }
+    }
+}
 
 /// `NBD_CMD_*`: proto.md, "Request types".
 pub mod command {
@@ -43,6 +80,7 @@ pub mod flag {
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// `NBD_REPLY_TYPE_*` and `NBD_REPLY_FLAG_DONE`: proto.md, "Structured reply types".
@@ -53,6 +91,7 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = (1 << 15) + 1;
 }
 
@@ -75,30 +114,77 @@ pub struct Header {
     pub command: u16,
     pub cookie: u64,
     pub offset: u64,
+    /// How much of the export it is about.
     pub length: u64,
+    /// How many bytes follow it.
+    pub payload: u64,
 }
 
 /// The peer has lost the thread: what it sent is no request, and nothing after it can be one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BadMagic(pub u32);
 
-/// Parse a request. Whether it makes sense is for `judge` to say.
-pub fn parse_request(bytes: &[u8; REQUEST_SIZE]) -> Result<Header, BadMagic> {
+/// Parse the request that `bytes` begin with; None: it is not whole yet. Whether it makes sense is for `judge` to say.
+pub fn parse_request(bytes: &[u8], style: Style) -> Result<Option<Header>, BadMagic> {
+    let Some(bytes) = bytes.get(..style.request_size()) else {
+        return Ok(None);
+    };
+    let extended = style == Style::Extended;
     let magic = u32::from_be_bytes(field(bytes, 0));
-    if magic != REQUEST_MAGIC {
+    let wanted = if extended {
+        EXTENDED_REQUEST_MAGIC
+    } else {
+        REQUEST_MAGIC
+    };
+    if magic != wanted {
         return Err(BadMagic(magic));
     }
-    Ok(Header {
-        flags: u16::from_be_bytes(field(bytes, 4)),
-        command: u16::from_be_bytes(field(bytes, 6)),
+    let flags = u16::from_be_bytes(field(bytes, 4));
+    let command = u16::from_be_bytes(field(bytes, 6));
+    let length = if extended {
+        u64::from_be_bytes(field(bytes, 24))
+    } else {
+        u64::from(u32::from_be_bytes(field(bytes, 24)))
+    };
+    // QEMU's client writes without the flag that says so, and its server does not mind: nor do we.
+    let has_payload = command == command::WRITE || extended && flags & flag::PAYLOAD_LEN != 0;
+    Ok(Some(Header {
+        flags,
+        command,
         cookie: u64::from_be_bytes(field(bytes, 8)),
         offset: u64::from_be_bytes(field(bytes, 16)),
-        length: u64::from(u32::from_be_bytes(field(bytes, 24))),
-    })
+        length,
+        payload: if has_payload { length } else { 0 },
+    }))
 }
 
-fn field<const SIZE: usize>(bytes: &[u8; REQUEST_SIZE], at: usize) -> [u8; SIZE] {
+fn field<const SIZE: usize>(bytes: &[u8], at: usize) -> [u8; SIZE] {
     std::array::from_fn(|index| bytes[at + index])
+}
+
+/// Whether the request asks for some of the negotiated meta contexts, which its payload names.
+pub fn names_contexts(header: &Header) -> bool {
+    header.command == command::BLOCK_STATUS
+        && header.payload > 0
+        && (header.payload - 1) / 4 < NAMED_CONTEXTS_MAX + 2
+}
+
+/// The payload of a request that names contexts: how much of the export it is about, and the identifiers of the contexts.
+/// None if it is malformed, or does not name some of those in `negotiated`, each once.
+pub fn parse_named_contexts(
+    payload: &[u8],
+    negotiated: &[(u32, String)],
+) -> Option<(u64, Vec<u32>)> {
+    let (length, rest) = payload.split_first_chunk::<8>()?;
+    let (words, odd) = rest.as_chunks::<4>();
+    let named: Vec<u32> = words.iter().map(|word| u32::from_be_bytes(*word)).collect();
+    let is_known = |id: &u32| negotiated.iter().any(|(known, _)| known == id);
+    let is_first = |(index, id): (usize, &u32)| !named[..index].contains(id);
+    let lawful = odd.is_empty()
+        && !named.is_empty()
+        && named.iter().all(is_known)
+        && named.iter().enumerate().all(is_first);
+    lawful.then_some((u64::from_be_bytes(*length), named))
 }
 
 /// What was negotiated, and so what a request must satisfy.
@@ -111,8 +197,7 @@ pub struct Rules {
     pub payload_max: u32,
     /// What offsets and lengths must be multiples of: a power of two, at least 1.
     pub block_min: u32,
-    /// Structured replies were negotiated.
-    pub structured: bool,
+    pub style: Style,
     /// At least one meta context was negotiated.
     pub block_status: bool,
 }
@@ -136,13 +221,12 @@ pub enum Verdict {
 /// but for BLOCK_STATUS, which cannot answer with no extent (EINVAL). DISC is obeyed whatever its
 /// other fields say. TRIM, WRITE_ZEROES, CACHE and FLUSH run whether or not they were advertised.
 pub fn judge(header: &Header, rules: &Rules) -> Verdict {
-    let payload = header.command == command::WRITE;
-    if payload && header.length > DRAIN_MAX.max(u64::from(rules.payload_max)) {
-        return Verdict::Fatal("the payload of a write is too long to be read");
+    if header.payload > DRAIN_MAX.max(u64::from(rules.payload_max)) {
+        return Verdict::Fatal("the payload is too long to be read");
     }
     match refusal(header, rules) {
         None => Verdict::Run,
-        Some((error, message)) if payload => Verdict::ErrorDrain(error, message),
+        Some((error, message)) if header.payload > 0 => Verdict::ErrorDrain(error, message),
         Some((error, message)) => Verdict::Error(error, message),
     }
 }
@@ -172,8 +256,11 @@ fn bad_permission(rules: &Rules) -> Refusal {
 }
 
 fn bad_flags(header: &Header, rules: &Rules) -> Refusal {
+    let extended = rules.style == Style::Extended;
     let own = match header.command {
-        command::READ if rules.structured => flag::DF,
+        command::READ if rules.style.chunks() => flag::DF,
+        command::WRITE if extended => flag::PAYLOAD_LEN,
+        command::BLOCK_STATUS if extended => flag::REQ_ONE | flag::PAYLOAD_LEN,
         command::WRITE_ZEROES => flag::NO_HOLE | flag::FAST_ZERO,
         command::BLOCK_STATUS => flag::REQ_ONE,
         _ => 0,
@@ -212,15 +299,18 @@ fn bad_question(header: &Header, rules: &Rules) -> Refusal {
     match header.command {
         command::READ if header.length > u64::from(rules.payload_max) => {
             // proto.md keeps EOVERFLOW for those who may know it: clients of structured replies.
-            let error = if rules.structured {
+            let error = if rules.style.chunks() {
                 error::EOVERFLOW
             } else {
                 error::EINVAL
             };
             Some((error, "longer than the maximum payload size"))
         }
-        command::BLOCK_STATUS if !rules.structured || !rules.block_status => {
+        command::BLOCK_STATUS if !rules.style.chunks() || !rules.block_status => {
             Some((error::EINVAL, "no meta context was negotiated"))
+        }
+        command::BLOCK_STATUS if header.payload > 0 => {
+            Some((error::EINVAL, "a list of meta contexts that makes no sense"))
         }
         command::BLOCK_STATUS if header.length == 0 => {
             Some((error::EINVAL, "the status of no bytes"))
@@ -250,62 +340,95 @@ pub fn simple_reply(out: &mut Vec<u8>, error: u32, cookie: u64) {
     out.extend_from_slice(&cookie.to_be_bytes());
 }
 
-/// A chunk's header; `length` bytes of payload follow it.
-pub fn chunk_header(out: &mut Vec<u8>, flags: u16, kind: u16, cookie: u64, length: u32) {
-    out.extend_from_slice(&CHUNK_MAGIC.to_be_bytes());
-    out.extend_from_slice(&flags.to_be_bytes());
-    out.extend_from_slice(&kind.to_be_bytes());
-    out.extend_from_slice(&cookie.to_be_bytes());
-    out.extend_from_slice(&length.to_be_bytes());
+/// What chunks answer to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Question {
+    /// Extended headers are in use.
+    pub extended: bool,
+    pub cookie: u64,
+    /// The request's.
+    pub offset: u64,
 }
 
-/// The chunk that ends a reply and says nothing else.
-pub fn chunk_none(out: &mut Vec<u8>, cookie: u64) {
-    chunk_header(out, chunk::FLAG_DONE, chunk::NONE, cookie, 0);
-}
-
-/// The begin of a data chunk: `length` (at least 1, at most 2^32 - 9) bytes of the export from
-/// `offset` follow it.
-pub fn offset_data(out: &mut Vec<u8>, flags: u16, cookie: u64, offset: u64, length: u32) {
-    debug_assert!(0 < length && length <= u32::MAX - 8);
-    chunk_header(out, flags, chunk::OFFSET_DATA, cookie, 8 + length);
-    out.extend_from_slice(&offset.to_be_bytes());
-}
-
-/// A whole hole chunk: `length` (at least 1) bytes of the export from `offset` are zeroes.
-pub fn offset_hole(out: &mut Vec<u8>, flags: u16, cookie: u64, offset: u64, length: u32) {
-    debug_assert!(0 < length);
-    chunk_header(out, flags, chunk::OFFSET_HOLE, cookie, 12);
-    out.extend_from_slice(&offset.to_be_bytes());
-    out.extend_from_slice(&length.to_be_bytes());
-}
-
-/// A whole status chunk of one meta context: `extents` (at least 1) are (length, status flags).
-pub fn block_status(
-    out: &mut Vec<u8>,
-    flags: u16,
-    cookie: u64,
-    context: u32,
-    extents: &[(u32, u32)],
-) {
-    debug_assert!(!extents.is_empty() && extents.iter().all(|(length, _)| *length > 0));
-    let length = u32::try_from(4 + 8 * extents.len()).expect("few extents");
-    chunk_header(out, flags, chunk::BLOCK_STATUS, cookie, length);
-    out.extend_from_slice(&context.to_be_bytes());
-    for (length, status) in extents {
-        out.extend_from_slice(&length.to_be_bytes());
-        out.extend_from_slice(&status.to_be_bytes());
+impl Question {
+    /// A chunk's header; `length` bytes of payload follow it.
+    fn chunk(self, out: &mut Vec<u8>, flags: u16, kind: u16, length: u32) {
+        let magic = if self.extended {
+            EXTENDED_CHUNK_MAGIC
+        } else {
+            CHUNK_MAGIC
+        };
+        out.extend_from_slice(&magic.to_be_bytes());
+        out.extend_from_slice(&flags.to_be_bytes());
+        out.extend_from_slice(&kind.to_be_bytes());
+        out.extend_from_slice(&self.cookie.to_be_bytes());
+        if self.extended {
+            out.extend_from_slice(&self.offset.to_be_bytes());
+            out.extend_from_slice(&u64::from(length).to_be_bytes());
+        } else {
+            out.extend_from_slice(&length.to_be_bytes());
+        }
     }
-}
 
-/// A whole error chunk: `error` (not 0), and a message for people, cut to `MESSAGE_MAX` bytes.
-pub fn error_chunk(out: &mut Vec<u8>, flags: u16, cookie: u64, error: u32, message: &str) {
-    debug_assert!(error != 0);
-    let message = sendable(message);
-    chunk_header(out, flags, chunk::ERROR, cookie, 6 + message.len() as u32);
-    out.extend_from_slice(&error.to_be_bytes());
-    out.extend_from_slice(&(message.len() as u16).to_be_bytes());
-    out.extend_from_slice(message.as_bytes());
+    /// The chunk that ends a reply and says nothing else.
+    pub fn none(self, out: &mut Vec<u8>) {
+        self.chunk(out, chunk::FLAG_DONE, chunk::NONE, 0);
+    }
+
+    /// The begin of a data chunk: `length` (at least 1, at most 2^32 - 9) bytes of the export from `offset` follow it.
+    pub fn data(self, out: &mut Vec<u8>, flags: u16, offset: u64, length: u32) {
+        debug_assert!(0 < length && length <= u32::MAX - 8);
+        self.chunk(out, flags, chunk::OFFSET_DATA, 8 + length);
+        out.extend_from_slice(&offset.to_be_bytes());
+    }
+
+    /// A whole hole chunk: `length` (at least 1) bytes of the export from `offset` are zeroes.
+    pub fn hole(self, out: &mut Vec<u8>, flags: u16, offset: u64, length: u32) {
+        debug_assert!(0 < length);
+        self.chunk(out, flags, chunk::OFFSET_HOLE, 12);
+        out.extend_from_slice(&offset.to_be_bytes());
+        out.extend_from_slice(&length.to_be_bytes());
+    }
+
+    /// A whole status chunk of one meta context: `extents` (at least 1) are (length, status flags). In the compact form
+    /// an extent's length has 32 bits: there the chunk ends with the first that is longer, cut to a whole number of
+    /// blocks.
+    pub fn block_status(self, out: &mut Vec<u8>, flags: u16, context: u32, extents: &[(u64, u32)]) {
+        debug_assert!(!extents.is_empty() && extents.iter().all(|(length, _)| *length > 0));
+        if self.extended {
+            let count = u32::try_from(extents.len()).expect("few extents");
+            self.chunk(out, flags, chunk::BLOCK_STATUS_EXT, 8 + 16 * count);
+            out.extend_from_slice(&context.to_be_bytes());
+            out.extend_from_slice(&count.to_be_bytes());
+            for (length, status) in extents {
+                out.extend_from_slice(&length.to_be_bytes());
+                out.extend_from_slice(&u64::from(*status).to_be_bytes());
+            }
+            return;
+        }
+        let whole = extents
+            .iter()
+            .position(|(length, _)| *length > EXTENT_MAX)
+            .map_or(extents, |long| &extents[..=long]);
+        let length = u32::try_from(4 + 8 * whole.len()).expect("few extents");
+        self.chunk(out, flags, chunk::BLOCK_STATUS, length);
+        out.extend_from_slice(&context.to_be_bytes());
+        for (length, status) in whole {
+            let length = (*length).min(EXTENT_MAX) as u32;
+            out.extend_from_slice(&length.to_be_bytes());
+            out.extend_from_slice(&status.to_be_bytes());
+        }
+    }
+
+    /// A whole error chunk: `error` (not 0), and a message for people, cut to `MESSAGE_MAX` bytes.
+    pub fn error(self, out: &mut Vec<u8>, flags: u16, error: u32, message: &str) {
+        debug_assert!(error != 0);
+        let message = sendable(message);
+        self.chunk(out, flags, chunk::ERROR, 6 + message.len() as u32);
+        out.extend_from_slice(&error.to_be_bytes());
+        out.extend_from_slice(&(message.len() as u16).to_be_bytes());
+        out.extend_from_slice(message.as_bytes());
+    }
 }
 
 /// The longest begin of `message` that is an NBD string: no NUL, not too long, whole characters.
@@ -331,7 +454,7 @@ mod tests {
         read_only: false,
         payload_max: 32 << 20,
         block_min: 1,
-        structured: true,
+        style: Style::Structured,
         block_status: true,
     };
 
@@ -342,6 +465,7 @@ mod tests {
             cookie: 7,
             offset,
             length,
+            payload: if command == command::WRITE { length } else { 0 },
         }
     }
 
@@ -394,7 +518,9 @@ mod tests {
     fn a_request_is_parsed() {
         let bytes = *b"\x25\x60\x95\x13\x00\x01\x00\x06\x01\x02\x03\x04\x05\x06\x07\x08\
                        \x80\x00\x00\x00\x00\x00\x00\x01\xff\xff\xff\xff";
-        let header = parse_request(&bytes).expect("well-formed");
+        let header = parse_request(&bytes, Style::Simple)
+            .expect("well-formed")
+            .expect("whole");
         assert_eq!(header.flags, flag::FUA);
         assert_eq!(header.command, command::WRITE_ZEROES);
         assert_eq!(header.cookie, 0x0102_0304_0506_0708);
@@ -407,7 +533,10 @@ mod tests {
     fn another_magic_is_no_request() {
         let mut bytes = encoded(&header(0, 0, 0, 0));
         bytes[3] ^= 1;
-        assert_eq!(parse_request(&bytes), Err(BadMagic(0x2560_9512)));
+        assert_eq!(
+            parse_request(&bytes, Style::Structured),
+            Err(BadMagic(0x2560_9512))
+        );
     }
 
     #[test]
@@ -468,7 +597,7 @@ mod tests {
     #[test]
     fn df_needs_structured_replies() {
         let rules = Rules {
-            structured: false,
+            style: Style::Simple,
             ..RULES
         };
         assert_eq!(
@@ -489,10 +618,11 @@ mod tests {
             for command in RANGED {
                 let grows = [command::WRITE, command::WRITE_ZEROES].contains(&command);
                 let error = if grows { error::ENOSPC } else { error::EINVAL };
-                assert_eq!(
-                    verdict(&RULES, command, 0, offset, length),
-                    refused(command, error)
-                );
+                let expected = match length {
+                    0 => Error(error, ""), // a write of nothing has no payload to throw away
+                    _ => refused(command, error),
+                };
+                assert_eq!(verdict(&RULES, command, 0, offset, length), expected);
             }
         }
     }
@@ -550,7 +680,7 @@ mod tests {
             ..RULES
         };
         let simple = Rules {
-            structured: false,
+            style: Style::Simple,
             ..RULES
         };
         for rules in [without, simple] {
@@ -575,7 +705,7 @@ mod tests {
     fn payloads_are_bounded_and_effects_are_not() {
         let long = 32 * MIB + 1;
         let simple = Rules {
-            structured: false,
+            style: Style::Simple,
             ..RULES
         };
         assert_eq!(
@@ -652,6 +782,16 @@ mod tests {
         }
     }
 
+    const COMPACT: Question = Question {
+        extended: false,
+        cookie: 7,
+        offset: 0x1000,
+    };
+    const EXTENDED: Question = Question {
+        extended: true,
+        ..COMPACT
+    };
+
     #[test]
     fn replies_are_encoded() {
         let mut out = Vec::new();
@@ -659,22 +799,22 @@ mod tests {
         assert_eq!(out, b"\x67\x44\x66\x98\0\0\0\x05\0\0\0\0\0\0\x01\x02");
 
         out.clear();
-        chunk_none(&mut out, 7);
+        COMPACT.none(&mut out);
         assert_eq!(out, b"\x66\x8e\x33\xef\0\x01\0\0\0\0\0\0\0\0\0\x07\0\0\0\0");
         assert_eq!(out.len(), CHUNK_HEADER_SIZE);
 
         out.clear();
-        offset_data(&mut out, 0, 7, 0x1000, 512);
+        COMPACT.data(&mut out, 0, 0x1000, 512);
         assert_eq!(out[4..8], *b"\0\0\0\x01");
         assert_eq!(out[16..], *b"\0\0\x02\x08\0\0\0\0\0\0\x10\0");
 
         out.clear();
-        offset_hole(&mut out, chunk::FLAG_DONE, 7, 0x1000, 512);
+        COMPACT.hole(&mut out, chunk::FLAG_DONE, 0x1000, 512);
         assert_eq!(out[4..8], *b"\0\x01\0\x02");
         assert_eq!(out[16..], *b"\0\0\0\x0c\0\0\0\0\0\0\x10\0\0\0\x02\0");
 
         out.clear();
-        block_status(&mut out, 0, 7, 9, &[(512, 3), (1024, 0)]);
+        COMPACT.block_status(&mut out, 0, 9, &[(512, 3), (1024, 0)]);
         assert_eq!(out[4..8], *b"\0\0\0\x05");
         assert_eq!(
             out[16..],
@@ -682,9 +822,99 @@ mod tests {
         );
 
         out.clear();
-        error_chunk(&mut out, chunk::FLAG_DONE, 7, error::EINVAL, "no");
+        COMPACT.error(&mut out, chunk::FLAG_DONE, error::EINVAL, "no");
         assert_eq!(out[4..8], *b"\0\x01\x80\x01");
         assert_eq!(out[16..], *b"\0\0\0\x08\0\0\0\x16\0\x02no");
+    }
+
+    #[test]
+    fn extended_replies_are_encoded() {
+        let head =
+            b"\x6e\x8a\x27\x8c\0\x01\0\x02\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\x0c";
+        let mut out = Vec::new();
+        EXTENDED.hole(&mut out, chunk::FLAG_DONE, 0x1200, 512);
+        assert_eq!(out[..32], *head);
+        assert_eq!(out[32..], *b"\0\0\0\0\0\0\x12\0\0\0\x02\0");
+
+        out.clear();
+        EXTENDED.block_status(&mut out, 0, 9, &[(1 << 33, 3), (1024, 0)]);
+        assert_eq!(out[4..8], *b"\0\0\0\x06");
+        assert_eq!(out[24..32], *b"\0\0\0\0\0\0\0\x28");
+        assert_eq!(out[32..40], *b"\0\0\0\x09\0\0\0\x02");
+        assert_eq!(out[40..56], *b"\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\x03");
+        assert_eq!(out[56..], *b"\0\0\0\0\0\0\x04\0\0\0\0\0\0\0\0\0");
+    }
+
+    #[test]
+    fn a_compact_status_ends_with_the_first_extent_that_is_too_long() {
+        let mut out = Vec::new();
+        COMPACT.block_status(&mut out, 0, 9, &[(512, 0), (1 << 40, 3), (512, 0)]);
+        assert_eq!(out[16..20], *b"\0\0\0\x14");
+        assert_eq!(out[32..], *b"\xff\xff\0\0\0\0\0\x03");
+    }
+
+    #[test]
+    fn an_extended_request_is_parsed() {
+        let bytes = *b"\x21\xe4\x1c\x71\0\x21\0\x01\x01\x02\x03\x04\x05\x06\x07\x08\
+                       \0\0\0\0\0\0\x10\0\0\0\0\x01\0\0\0\0";
+        let parse = |bytes: &[u8]| parse_request(bytes, Style::Extended);
+        let header = parse(&bytes).expect("well-formed").expect("whole");
+        assert_eq!(header.flags, flag::FUA | flag::PAYLOAD_LEN);
+        assert_eq!((header.length, header.payload), (1 << 32, 1 << 32));
+        assert_eq!(parse(&bytes[..31]), Ok(None));
+        assert!(parse_request(&bytes, Style::Structured).is_err());
+        let mut effect = bytes;
+        (effect[5], effect[7]) = (0, command::TRIM as u8);
+        let header = parse(&effect).expect("well-formed").expect("whole");
+        assert_eq!((header.length, header.payload), (1 << 32, 0));
+    }
+
+    #[test]
+    fn payloads_of_extended_requests() {
+        let rules = Rules {
+            style: Style::Extended,
+            ..RULES
+        };
+        let with_payload = |command, payload| Header {
+            payload,
+            ..header(command, flag::PAYLOAD_LEN, 0, payload)
+        };
+        assert_eq!(judge(&with_payload(command::WRITE, 512), &rules), Run);
+        assert_eq!(judge(&header(command::WRITE, 0, 0, 512), &rules), Run);
+        for command in COMMANDS {
+            let expected = match command {
+                command::WRITE | command::DISC => continue,
+                _ => judge(&with_payload(command, 512), &rules),
+            };
+            assert!(
+                matches!(expected, ErrorDrain(error::EINVAL, _)),
+                "{command}"
+            );
+            let long = with_payload(command, (32 << 20) + 1);
+            assert!(matches!(judge(&long, &rules), Fatal(_)), "{command}");
+        }
+    }
+
+    #[test]
+    fn contexts_are_named_once_each_and_must_be_known() {
+        let known = [(3, "a".to_owned()), (5, "b".to_owned())];
+        let parse = |bytes: &[u8]| parse_named_contexts(bytes, &known);
+        let length = b"\0\0\0\x01\0\0\0\0";
+        let with = |rest: &[u8]| [length, rest].concat();
+        assert_eq!(
+            parse(&with(b"\0\0\0\x05\0\0\0\x03")),
+            Some((1 << 32, vec![5, 3]))
+        );
+        for bad in [
+            &b""[..],
+            b"\0\0\0",
+            b"\0\0\0\x05\0",
+            b"\0\0\0\x05\0\0\0\x05",
+            b"\0\0\0\x04",
+        ] {
+            assert_eq!(parse(&with(bad)), None);
+        }
+        assert_eq!(parse(b"\0\0\0"), None);
     }
 
     #[test]
@@ -694,7 +924,7 @@ mod tests {
         // 4096 is not a multiple of 3: the character that does not fit goes as a whole.
         assert_eq!(sendable(&"\u{20ac}".repeat(2000)).len(), 4095);
         let mut out = Vec::new();
-        error_chunk(&mut out, 0, 7, error::EIO, &"x".repeat(70_000));
+        COMPACT.error(&mut out, 0, error::EIO, &"x".repeat(70_000));
         assert_eq!(out.len(), CHUNK_HEADER_SIZE + 6 + MESSAGE_MAX);
     }
 
@@ -712,20 +942,16 @@ mod tests {
             }
             Error(error, message) => {
                 assert!(error != 0 && !message.is_empty());
-                assert_ne!(
-                    header.command,
-                    command::WRITE,
-                    "its payload would be taken for requests"
-                );
+                assert_eq!(header.payload, 0, "it would be taken for requests");
             }
             ErrorDrain(error, message) => {
                 assert!(error != 0 && !message.is_empty());
-                assert_eq!(header.command, command::WRITE);
-                assert!(header.length <= DRAIN_MAX.max(u64::from(rules.payload_max)));
+                assert!(0 < header.payload);
+                assert!(header.payload <= DRAIN_MAX.max(u64::from(rules.payload_max)));
             }
             Fatal(message) => {
                 assert!(!message.is_empty());
-                assert_eq!(header.command, command::WRITE);
+                assert!(header.payload > 0);
             }
         }
     }
@@ -736,7 +962,7 @@ mod tests {
             read_only: random.one_in(3),
             payload_max: (random.next() >> random.below(64)) as u32,
             block_min: 1 << random.below(17),
-            structured: random.one_in(2),
+            style: [Style::Simple, Style::Structured, Style::Extended][random.below(3) as usize],
             block_status: random.one_in(2),
         }
     }
@@ -756,9 +982,9 @@ mod tests {
                 bytes[random.below(REQUEST_SIZE as u64) as usize] ^= 1 << random.below(8);
             }
             let magic_kept = bytes[..4] == REQUEST_MAGIC.to_be_bytes();
-            let parsed = parse_request(&bytes);
+            let parsed = parse_request(&bytes, Style::Structured);
             assert_eq!(parsed.is_ok(), magic_kept);
-            if let Ok(header) = parsed {
+            if let Ok(Some(header)) = parsed {
                 assert_eq!(encoded(&header), bytes);
                 check_verdict(&header, &random_rules(&mut random));
             }

@@ -433,7 +433,7 @@ impl Worker {
                         .payload
                         .take()
                         .expect("the payload received into");
-                    self.begin(connection, payload.header, payload.vector);
+                    self.begin(connection, payload.header, payload.vector, None);
                 }
                 continue;
             }
@@ -453,8 +453,8 @@ impl Worker {
     /// Parse what was kept, after whatever held it up has passed.
     fn resume(&mut self, connection: &mut Connection) -> Result<(), ()> {
         connection.stalled = false;
-        if let Some((header, vector)) = connection.parked.take() {
-            self.begin(connection, header, vector);
+        if let Some((header, vector, named)) = connection.parked.take() {
+            self.begin(connection, header, vector, named);
         }
         let input = std::mem::take(&mut connection.input);
         let consumed = self.parse(connection, &input)?;
@@ -549,7 +549,7 @@ impl Worker {
             Action::Begin {
                 data,
                 export,
-                structured,
+                style,
                 contexts,
             } => {
                 connection.outgoing.bytes(data);
@@ -557,7 +557,7 @@ impl Worker {
                 let session = Session {
                     inbox,
                     connection: token,
-                    structured,
+                    style,
                     contexts,
                 };
                 connection.phase = Phase::Transmission(Arc::new(session), export);
@@ -582,14 +582,15 @@ impl Worker {
         export: &crate::export::Export,
         data: &[u8],
     ) -> Result<Option<usize>, ()> {
-        let Some(bytes) = data.first_chunk::<REQUEST_SIZE>() else {
+        let mut size = session.style.request_size();
+        if data.len() < size {
             return Ok(None);
-        };
+        }
         if !self.has_room(connection) {
             connection.stalled = true;
             return Ok(None);
         }
-        let header = match connection.ticket.take() {
+        let mut header = match connection.ticket.take() {
             Some((header, ticket)) => {
                 let Some(slots) = self.engine.pool.claim(&ticket) else {
                     connection.ticket = Some((header, ticket));
@@ -597,34 +598,46 @@ impl Worker {
                     return Ok(None);
                 };
                 let vector = Vector::new(slots);
-                return Ok(Some(self.take_request(connection, header, vector, data)));
+                let taken = self.take_request(connection, header, vector, None, &data[size..]);
+                return Ok(Some(size + taken));
             }
-            None => {
-                let mut header = wire::parse_request(bytes).map_err(|_| ())?;
-                if export.writethrough {
-                    header.flags |= wire::flag::FUA;
-                }
-                header
-            }
+            None => wire::parse_request(data, session.style)
+                .map_err(|_| ())?
+                .expect("a whole request"),
         };
+        let mut named = None;
+        if wire::names_contexts(&header) {
+            let Some(payload) = data.get(size..size + header.payload as usize) else {
+                return Ok(None);
+            };
+            // What cannot be used stays a payload, and is refused as such.
+            if let Some((length, ids)) = wire::parse_named_contexts(payload, &session.contexts) {
+                size += payload.len();
+                (header.length, header.payload) = (length, 0);
+                named = Some(ids);
+            }
+        }
+        if export.writethrough {
+            header.flags |= wire::flag::FUA;
+        }
         let rules = Rules {
             size: export.size.load(Relaxed),
             read_only: export.read_only,
             payload_max: PAYLOAD_MAX,
             block_min: 1,
-            structured: session.structured,
+            style: session.style,
             block_status: !session.contexts.is_empty(),
         };
         match wire::judge(&header, &rules) {
             Verdict::Fatal(_) => return Err(()),
             Verdict::Error(error, why) => {
                 self.refuse(connection, session, &header, error, why);
-                return Ok(Some(REQUEST_SIZE));
+                return Ok(Some(size));
             }
             Verdict::ErrorDrain(error, why) => {
                 self.refuse(connection, session, &header, error, why);
-                connection.skip = header.length;
-                return Ok(Some(REQUEST_SIZE));
+                connection.skip = header.payload;
+                return Ok(Some(size));
             }
             Verdict::Run => {}
         }
@@ -637,12 +650,8 @@ impl Worker {
             _ => 0,
         };
         if memory == 0 {
-            return Ok(Some(self.take_request(
-                connection,
-                header,
-                Vector::default(),
-                data,
-            )));
+            let taken = self.take_request(connection, header, Vector::default(), named, &[]);
+            return Ok(Some(size + taken));
         }
         let Some(slots) = self.engine.pool.allocate(memory) else {
             let inbox = self.inbox.clone();
@@ -655,34 +664,31 @@ impl Worker {
             self.stall(connection);
             return Ok(None);
         };
-        Ok(Some(self.take_request(
-            connection,
-            header,
-            Vector::new(slots),
-            data,
-        )))
+        let vector = Vector::new(slots);
+        let taken = self.take_request(connection, header, vector, None, &data[size..]);
+        Ok(Some(size + taken))
     }
 
-    /// A request that has its memory: take what has come of its payload, and begin it when it is whole. Returns how
-    /// much of `data`, which starts with the header, that was.
+    /// A request that has its memory: take what `data` has of its payload, and begin it when it is whole. Returns how
+    /// much of `data` that was.
     fn take_request(
         &mut self,
         connection: &mut Connection,
         header: Header,
         vector: Vector,
+        named: Option<Vec<u32>>,
         data: &[u8],
     ) -> usize {
         connection.requests += 1;
         connection.weight += vector.len();
         if header.command != command::WRITE {
-            self.begin(connection, header, vector);
-            return REQUEST_SIZE;
+            self.begin(connection, header, vector, named);
+            return 0;
         }
-        let here = &data[REQUEST_SIZE..];
-        let here = &here[..here.len().min(vector.len())];
+        let here = &data[..data.len().min(vector.len())];
         vector.fill(0, here);
         if here.len() == vector.len() {
-            self.begin(connection, header, vector);
+            self.begin(connection, header, vector, None);
         } else {
             connection.payload = Some(Payload {
                 header,
@@ -690,7 +696,7 @@ impl Worker {
                 filled: here.len(),
             });
         }
-        REQUEST_SIZE + here.len()
+        here.len()
     }
 
     fn refuse(
@@ -706,7 +712,7 @@ impl Worker {
             connection: connection.token,
             cookie: header.cookie,
             offset: header.offset,
-            structured: session.structured,
+            style: session.style,
             whole: false,
             weight: 0,
             result: Err(Failure {
@@ -731,13 +737,19 @@ impl Worker {
     }
 
     /// Run a request as far as it goes without waiting.
-    fn begin(&mut self, connection: &mut Connection, header: Header, vector: Vector) {
+    fn begin(
+        &mut self,
+        connection: &mut Connection,
+        header: Header,
+        vector: Vector,
+        named: Option<Vec<u32>>,
+    ) {
         let Phase::Transmission(session, export) = &connection.phase else {
             unreachable!("a request outside the transmission phase");
         };
         let Some(running) = export.enter() else {
             let opened = !export.park(&self.inbox);
-            connection.parked = Some((header, vector));
+            connection.parked = Some((header, vector, named));
             self.stall(connection);
             if opened {
                 self.inbox.wake();
@@ -749,6 +761,7 @@ impl Worker {
             export: export.clone(),
             vector,
             session: session.clone(),
+            named,
             holes: Vec::new(),
             charged: 0,
             _running: running,
