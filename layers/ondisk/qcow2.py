@@ -48,10 +48,12 @@ HEADER_LENGTH_2: Final = 72
 HEADER_LENGTH_3_MIN: Final = 104
 
 #: Offsets in the file of what is rewritten in place; each lies within the first 512-byte sector.
+BACKING_NAME_AT: Final = 8
 REFCOUNT_TABLE_AT: Final = 48
 AUTOCLEAR_AT: Final = 88
 COMPRESSION_TYPE_AT: Final = 104
 
+BACKING_NAME_FIELD: Final = struct.Struct(">Q")
 #: ``refcount_table_offset`` and ``refcount_table_clusters``, which change together.
 REFCOUNT_TABLE_FIELDS: Final = struct.Struct(">QI")
 AUTOCLEAR_FIELD: Final = struct.Struct(">Q")
@@ -77,6 +79,9 @@ EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
 EXTENSION_DATA_FILE: Final = 0x44415441
+
+#: No kind of the specification's: one that readers pass over, in the place of others that are being rewritten.
+EXTENSION_SKIP: Final = 0x534B4950
 
 #: Feature name table entry: type, bit number, name.
 FEATURE_NAME: Final = struct.Struct(">BB46s")

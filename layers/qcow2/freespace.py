@@ -44,6 +44,21 @@ class FreeRuns:
         del self._starts[0]
         return start, there
 
+    def take_whole(self, count: int) -> int | None:
+        """Remove ``count`` clusters in a row, the lowest there are, and give the first; None if there are none."""
+        for at, start in enumerate(self._starts):
+            there = self._counts[start]
+            if there < count:
+                continue
+            del self._counts[start]
+            if there > count:
+                self._starts[at] = start + count
+                self._counts[start + count] = there - count
+            else:
+                del self._starts[at]
+            return start
+        return None
+
     def _forget(self) -> int:
         half = len(self._starts) // 2
         cursor = self._starts[half]

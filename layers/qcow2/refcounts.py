@@ -104,6 +104,65 @@ class Refcounts:
         self._set(start, count, 1)
         return start, count
 
+    def take_contiguous(self, count: int) -> int:
+        """Take ``count`` clusters, the first of which it gives, one after the other: for tables that need it.
+
+        Raises as `take`; ENOSPC if the file cannot grow.
+        """
+        start = self._free.take_whole(count)
+        if start is None:
+            return self._take_ahead(count)
+        self._check_free(start, count)
+        self._set(start, count, 1)
+        return start
+
+    def _take_ahead(self, count: int) -> int:
+        """Take clusters in front of the cursor. Blocks that this needs lie behind them, so as not to part them."""
+        start = self._cursor
+        while True:
+            missing = self._missing_blocks(start, count)
+            last = (start + count + len(missing) - 1) // self._geometry.block_entries
+            if last >= len(self._table.entries):
+                self._lengthen_table(last)
+                continue
+            used = self._first_used(start, start + count + len(missing))
+            if used is None:
+                break
+            start = used + 1
+        self._check_free(start, count + len(missing))
+        size = self._geometry.cluster_size
+        if missing:
+            self._storage.reserve_zeroed((start + count) * size, len(missing) * size)
+            self._occupied.add(start + count, len(missing))
+        for index, number in enumerate(missing):
+            self._add_block(number, start + count + index)
+        self._set(start, count + len(missing), 1)
+        return start
+
+    def _missing_blocks(self, start: int, count: int) -> list[int]:
+        """The blocks there are none of yet, that count ``count`` clusters from ``start`` on and, behind these, them."""
+        missing: list[int] = []
+        while True:
+            last = (start + count + len(missing) - 1) // self._geometry.block_entries
+            numbers = range(start // self._geometry.block_entries, last + 1)
+            found = [n for n in numbers if n >= len(self._table.entries) or not self._table.entries[n]]
+            if len(found) == len(missing):
+                return found
+            missing = found
+
+    def _first_used(self, start: int, stop: int) -> int | None:
+        """The first of the clusters [start, stop) that counts as used, if any does; missing blocks count nothing."""
+        while start < stop:
+            number, index = divmod(start, self._geometry.block_entries)
+            block = self._block(number)
+            here = min(stop - start, self._geometry.block_entries - index)
+            if block is not None:
+                if self._width.get(block.entries, index):
+                    return start
+                here = self._width.run(block.entries, index, here)
+            start += here
+        return None
+
     def give_back(self, start: int, count: int) -> None:
         """Free clusters that were taken and that nothing, in memory or in the file, has referred to since."""
         self.drop(start, start + count, 1)

@@ -31,6 +31,13 @@ def test_free_runs_are_a_set_that_gives_its_lowest_first(monkeypatch: pytest.Mon
                 forgotten = runs.add(start, count)
                 if forgotten is not None:
                     model = {cluster for cluster in model if cluster < forgotten}
+        elif pick.random() < 0.2:
+            wanted = pick.randint(1, 6)
+            first = runs.take_whole(wanted)
+            rows = (start for start in sorted(model) if model.issuperset(range(start, start + wanted)))
+            assert first == next(rows, None)
+            if first is not None:
+                model.difference_update(range(first, first + wanted))
         else:
             wanted = pick.randint(1, 6)
             taken = runs.take(wanted)
