@@ -34,6 +34,7 @@ class Blkverify(Layer):
     #: What it is compared with.
     raw: Layer
 
+    # Not NO_FALLBACK: one child may be able to and the other not, and then they would differ.
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="bounces: test fills it, raw fills pool memory that it is compared with",
@@ -86,9 +87,6 @@ class Blkverify(Layer):
             self._on_both(request, request)
 
     def zero(self, request: Request) -> None:
-        if request.flags & Flag.NO_FALLBACK:
-            # One child may be able to and the other not, and then they would differ.
-            raise RequestError(errno.ENOTSUP, "blkverify has no fast way to zero")
         self.write(request)
 
     def trim(self, request: Request) -> None:

@@ -78,7 +78,7 @@ class CopyBeforeWrite(Layer):
     #: What is copied at once, a power of two; at least 64K. Best no less than the target's own clusters.
     min_cluster_size: Size = 0
 
-    supported_write_flags: ClassVar[Flag] = Flag.WRITE_UNCHANGED | Flag.MAY_UNMAP | Flag.NO_FALLBACK
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="bounces: it is passed on, after old data has been copied through pool memory",

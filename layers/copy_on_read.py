@@ -35,7 +35,8 @@ class CopyOnRead(Layer):
     #: The image, with its chain of backing files.
     file: Layer
 
-    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    supported_read_flags: ClassVar[Flag] = Flag.COPY_ON_READ | Flag.PREFETCH
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: it is filled from below, and written into the image",
         write="keeps: the image is given it",
@@ -109,8 +110,9 @@ class CopyOnRead(Layer):
     def read(self, request: Request) -> None:
         with self._ranges.exclusive(request.offset, request.length), self._announce(request):
             for start, stop, is_below in self._runs(request.offset, request.length, request.end):
-                part = request.slice(start - request.offset, stop - start)
-                finish(self.file.read(part))
+                part = request.slice(start - request.offset, stop - start).with_flags(Flag.NONE)
+                if is_below or Flag.PREFETCH not in request.asked_flags:
+                    finish(self.file.read(part))
                 if is_below:
                     self._keep(part)
 

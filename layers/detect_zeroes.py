@@ -27,7 +27,7 @@ class DetectZeroes(Layer):
     #: "on" finds zeroes, "unmap" also lets the storage they had be given back, "off" maps everything straight through.
     detect_zeroes: Literal["off", "on", "unmap"] = "on"
 
-    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="keeps: what is not all zeroes is passed on; zeroes become a zero request, which has no memory",

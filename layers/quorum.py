@@ -49,6 +49,7 @@ class Quorum(Layer):
     #: "quorum" reads all children and lets them vote; "fifo" takes what the first one that can be read says.
     read_pattern: Literal["quorum", "fifo"] = "quorum"
 
+    # Not NO_FALLBACK: some children may be able to and others not, and then they would differ.
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="bounces: the first child fills it (fifo: whoever answers), the others fill pool memory",
@@ -174,9 +175,6 @@ class Quorum(Layer):
             self._judge(request, failed, wanted=self.vote_threshold)
 
     def zero(self, request: Request) -> None:
-        if request.flags & Flag.NO_FALLBACK:
-            # Some children may be able to and others not, and then they would differ.
-            raise RequestError(errno.ENOTSUP, "quorum has no fast way to zero")
         self.write(request)
 
     def trim(self, request: Request) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nbdserver import flags
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
 from nbdserver.layer import Layer, Opener, finish
@@ -136,22 +137,24 @@ def execute(layer: Layer, request: Request) -> None:
         )
     if request.operation is not Operation.READ and layer.read_only:
         raise RequestError(errno.EPERM, f"{layer.type} is read-only")
-    fua = request.asked_flags & Flag.FUA
-    if fua:
-        request = request.with_flags(request.asked_flags & ~Flag.FUA)
+    # What only its own code can honour, that code is called for, wherever the bytes live.
+    demands = flags.demanded(layer, request)
+    is_durable = Flag.FUA in layer.supported_write_flags
     intent = INTENTS[request.operation]
     done = 0
     while done < request.length:
         seen = layer.changes
-        left = request.length - done
-        for leaf in flatten(layer, request.offset + done, left, intent, transforms=False):
+        at, left = request.offset + done, request.length - done
+        by_code = (Leaf(left, CODE, at, False, layer),)
+        for leaf in by_code if demands else flatten(layer, at, left, intent, transforms=False):
             part = request.slice(done, min(leaf.length, request.length - done))
             if not _run(layer, leaf, part, seen):
                 break
+            is_durable = is_durable and leaf.layer is layer
             done += part.length
             if done == request.length:
                 break
-    if fua:
+    if Flag.FUA in request.asked_flags and request.operation is not Operation.READ and not is_durable:
         finish(layer.flush())
 
 
@@ -164,7 +167,7 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         assert leaf.layer is not None
         if leaf.layer is not layer:
             _arrive(leaf.layer, part, "is passed to its code")
-        _call(leaf.layer, part.moved(leaf.offset))
+        _call(leaf.layer, flags.passed(leaf.layer, part).moved(leaf.offset))
         return True
     if leaf.target is ZERO:
         if layer.changes != seen:
@@ -228,11 +231,15 @@ def _arrive(layer: Layer, request: Request, how: str) -> None:
 
 
 def _call(layer: Layer, request: Request) -> None:
-    """Call a layer's code."""
+    """Call a layer's code. Where that turns out to have no way to zero, zeroes are written out through it."""
     before = _hop.layer
     _hop.layer = layer if request.vector.registered else None
     try:
         finish(getattr(layer, request.operation.value)(request))
+    except RequestError as error:
+        if not (error.errno == errno.ENOTSUP and flags.has_fallback(request)):
+            raise
+        finish(Layer.zero(layer, request))
     finally:
         _hop.layer = before
 

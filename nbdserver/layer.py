@@ -20,6 +20,7 @@ Subclasses are written ``@dataclass(eq=False)``: a layer is itself, not its sett
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, ParamSpec, Protocol
@@ -141,14 +142,17 @@ class Layer:
     A field whose value is a Layer (or a list of them) is a child; its name is its role.
     """
 
-    #: The layer's name in configuration: its file's name. Set by the registry.
+    #: The layer's name in configuration: its file's name. Set by the registry; before, it is made of the class's.
     type: ClassVar[str] = "layer"
-    #: Flags the layer honours itself on CODE ranges. What it lacks is emulated above it or refused there;
-    #: REGISTERED_BUF is exempt and always passed on.
+    #: Flags the layer's code honours when it reads; and when it writes, zeroes and trims. What it lacks is emulated
+    #: above it, dropped or refused, as `nbdserver.flags` says; REGISTERED_BUF is exempt and always passed on.
     supported_read_flags: ClassVar[Flag] = Flag.NONE
     supported_write_flags: ClassVar[Flag] = Flag.NONE
     #: What its code does with a request's memory.
     buffers: ClassVar[Buffers] = Buffers()
+
+    def __init_subclass__(cls) -> None:
+        cls.type = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__).lower()
 
     def __post_init__(self) -> None:
         self._listener: Listener | None = None
@@ -271,15 +275,15 @@ class Layer:
     def zero(self, request: Request) -> Awaitable[None] | None:
         """Make the range read as zeroes: every range that ``resolve(ZERO)`` calls CODE.
 
-        By default zeroes are written out through ``write``; with NO_FALLBACK that is refused (ENOTSUP).
+        By default zeroes are written out through ``write``; so they are when this raises ENOTSUP, unless the request
+        has NO_FALLBACK (which only a layer that supports it is given).
         """
-        if request.flags & Flag.NO_FALLBACK:
-            raise RequestError(95, f"{self.type} has no fast way to zero")  # 95: ENOTSUP
+        flags = request.asked_flags & ~(Flag.MAY_UNMAP | Flag.NO_FALLBACK)
         vector = self.allocate(min(request.length, ZERO_PIECE))
         vector.zero()
         for start in range(0, request.length, ZERO_PIECE):
             length = min(ZERO_PIECE, request.length - start)
-            finish(self.write(Request.write(request.offset + start, vector.slice(0, length))))
+            finish(self.write(Request.write(request.offset + start, vector.slice(0, length), flags)))
         return None
 
     def trim(self, request: Request) -> Awaitable[None] | None:

@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from nbdserver.errors import RequestError
 from nbdserver.files import FileOpener, Files
@@ -61,6 +61,9 @@ class Spy(Layer):
     """
 
     file: Layer
+
+    supported_read_flags: ClassVar[Flag] = Flag.PREFETCH
+    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
 
     def __post_init__(self) -> None:
         super().__post_init__()

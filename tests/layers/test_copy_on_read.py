@@ -109,6 +109,21 @@ def test_zeroes_are_copied_as_zeroes(overlay: Path) -> None:
     assert overlay.stat().st_size < 1536 * KIB
 
 
+def test_a_read_that_asks_to_be_copied_only_copies_with_prefetch(overlay: Path) -> None:
+    """It goes through code as a whole; prefetched, what is local already is not even read."""
+    flags = Flag.COPY_ON_READ | Flag.PREFETCH
+    with open_registered(CopyOnRead(spy := Spy(qcow2(overlay)))) as export:
+        for _ in range(2):
+            export.execute(Request.read(3 * MIB - 64 * KIB, registered(128 * KIB), flags))
+        assert spy.take() == [
+            (Operation.READ, 3 * MIB - 64 * KIB, 64 * KIB, Flag.REGISTERED_BUF),
+            (Operation.WRITE, 3 * MIB - 64 * KIB, 64 * KIB, Flag.REGISTERED_BUF | Flag.WRITE_UNCHANGED),
+        ]
+        data = registered(128 * KIB)
+        export.execute(Request.read(3 * MIB - 64 * KIB, data, Flag.COPY_ON_READ))
+        assert data.tobytes() == b"a" * 64 * KIB + b"b" * 64 * KIB
+
+
 def test_the_flag_is_kept_from_the_read_to_the_copy(overlay: Path) -> None:
     above = Spy(CopyOnRead(spy := Spy(qcow2(overlay))))
     with open_registered(above) as export:
