@@ -23,7 +23,7 @@ from nbdserver.errors import ImageError, RequestError
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, execute
 from nbdserver.layer import BASE_ALLOCATION, Layer, finish
-from nbdserver.request import Flag, Request, Vector
+from nbdserver.request import Flag, Operation, Request, Vector
 
 #: The errors that NBD knows (proto.md, "Error values") and what stands for those it does not; all others are EIO.
 WIRE_ERRNOS: Final = {
@@ -44,12 +44,14 @@ WIRE_ERRNOS: Final = {
     errno.EROFS: errno.EPERM,
     errno.EDQUOT: errno.ENOSPC,
     errno.EFBIG: errno.ENOSPC,
+    errno.ENOTTY: errno.ENOTSUP,
 }
 
 
-def wire_errno(number: int) -> int:
-    """The errno that a client is told for ``number``."""
-    return WIRE_ERRNOS.get(number, errno.EIO)
+def wire_errno(number: int, *, is_fast_zero: bool = False) -> int:
+    """The errno that a client is told for ``number``: ENOTSUP only in answer to a zero request that is to be fast."""
+    found = WIRE_ERRNOS.get(number, errno.EIO)
+    return errno.EINVAL if found == errno.ENOTSUP and not is_fast_zero else found
 
 
 class Reference:
@@ -103,18 +105,19 @@ class Reference:
 
     def execute(self, request: Request) -> None:
         """Run any request."""
-        with _errnos():
+        is_zero = request.operation is Operation.ZERO
+        with _errnos(is_fast_zero=is_zero and Flag.NO_FALLBACK in request.asked_flags):
             execute(self.root, request)
 
 
 @contextlib.contextmanager
-def _errnos() -> Iterator[None]:
+def _errnos(*, is_fast_zero: bool = False) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise RequestError(wire_errno(error.errno), str(error)) from error
+        raise RequestError(wire_errno(error.errno, is_fast_zero=is_fast_zero), str(error)) from error
     except OSError as error:
-        raise RequestError(wire_errno(error.errno or errno.EIO), str(error)) from error
+        raise RequestError(wire_errno(error.errno or errno.EIO, is_fast_zero=is_fast_zero), str(error)) from error
     except ImageError as error:
         raise RequestError(errno.EIO, str(error)) from error
 

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use crate::export::{Export, Running};
 use crate::vector::Vector;
-use crate::wire::{Header, Style};
+use crate::wire::{self, Header, Style, command, flag};
 use crate::worker::{Inbox, Message};
 
 /// What a connection negotiated, as its requests need it.
@@ -49,6 +49,19 @@ impl From<Errno> for Failure {
     }
 }
 
+impl Failure {
+    /// The failure as it answers this request. proto.md, "Error values": only a fast zero may fail with ENOTSUP, and a
+    /// client takes an error that it does not expect for EINVAL.
+    fn of(mut self, header: &Header) -> Failure {
+        let is_fast =
+            header.command == command::WRITE_ZEROES && header.flags & flag::FAST_ZERO != 0;
+        if !is_fast && wire::nbd_errno(self.errno) == wire::error::ENOTSUP {
+            self.errno = wire::error::EINVAL as i32;
+        }
+        self
+    }
+}
+
 /// What a successful reply carries.
 pub enum Body {
     None,
@@ -82,7 +95,7 @@ impl Request {
 
     /// Whether holes may be answered as holes.
     pub fn takes_holes(&self) -> bool {
-        self.session.style.chunks() && self.header.flags & crate::wire::flag::DF == 0
+        self.session.style.chunks() && self.header.flags & flag::DF == 0
     }
 
     /// All or, if it failed, perhaps a part of its range has been written: to be called before it is answered, and before
@@ -98,9 +111,9 @@ impl Request {
             cookie: self.header.cookie,
             offset: self.header.offset,
             style: self.session.style,
-            whole: self.header.flags & crate::wire::flag::DF != 0,
+            whole: self.header.flags & flag::DF != 0,
             weight: self.vector.len(),
-            result,
+            result: result.map_err(|failure| failure.of(&self.header)),
         }
     }
 
