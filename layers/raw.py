@@ -14,11 +14,25 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Iterable
+from typing import Final, Literal
 
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Extent, Intent, Size
-from nbdserver.layer import Layer, Opener
+from nbdserver.format import Measure, Progress, grow, no_progress, preallocate
+from nbdserver.graph import reach
+from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DISK_MAX
+
+#: QEMU measures disks in these; other sizes are rounded up.
+SECTOR: Final = 512
+
+
+@dataclasses.dataclass
+class Options:
+    """QEMU's creation options; the comments are their help."""
+
+    #: What is there from the beginning: nothing, reserved space for all, or zeroes written to all.
+    preallocation: Literal["off", "falloc", "full"] = "off"
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +43,24 @@ class Raw(Layer):
     offset: Size = 0
     #: How long the disk is; by default (None, until it is open) as long as what follows ``offset``.
     size: Size = None  # type: ignore[assignment]
+
+    CreateOptions = Options
+
+    @classmethod
+    def create(
+        cls, file: Layer, size: int, options: Options, *, opener: Opener, progress: Progress = no_progress
+    ) -> None:
+        """Make ``file``, which is empty, a disk of ``size`` bytes (see `nbdserver.format.Creates`)."""
+        length, file = _whole(size), reach(file)
+        grow(file, length)
+        if options.preallocation != "off":
+            preallocate(file, 0, length, written=options.preallocation == "full", progress=progress)
+        finish(file.flush())
+
+    @classmethod
+    def measure(cls, size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+        """Holes count: they are part of the file's size."""
+        return Measure(_whole(size), _whole(size))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,3 +90,10 @@ class Raw(Layer):
             raise RequestError(errno.EINVAL, f"a disk of {size} bytes at offset {self.offset} is too large")
         self.file.resize(self.offset + size)
         self.size = size
+
+
+def _whole(size: int) -> int:
+    length = -(-size // SECTOR) * SECTOR
+    if not 0 <= length <= DISK_MAX:
+        raise ConfigError(f"found {size}, allowed is 0 to {DISK_MAX // SECTOR * SECTOR}", key="size")
+    return length

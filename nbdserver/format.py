@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from nbdserver.layer import Layer, Opener
+from nbdserver.errors import RequestError
+from nbdserver.layer import Layer, Opener, finish
+from nbdserver.limits import PREALLOCATION_PIECE, ZERO_PIECE
+from nbdserver.request import Request
 
 #: Told how much is done: (done, total), of any unit.
 Progress = Callable[[int, int], None]
@@ -242,3 +247,34 @@ class Empties(Protocol):
     def make_empty(self) -> None:
         """Give up everything. Wherever a crash comes, every range shows what it did or what the backing file has there.
         Called in a drained section of whoever uses the disk. Raises RequestError, OSError, ImageError."""
+
+
+# -- for formats that make images ------------------------------------------------------------------------------------
+
+
+def grow(file: Layer, length: int) -> None:
+    """Make ``file`` at least ``length`` bytes long. Raises OSError: ENOSPC if it cannot grow, as block devices."""
+    if file.size >= length:
+        return
+    try:
+        file.resize(length)
+    except RequestError as error:
+        number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
+        raise OSError(number, os.strerror(number), file.filename) from error
+
+
+def preallocate(file: Layer, offset: int, length: int, *, written: bool, progress: Progress = no_progress) -> None:
+    """Take up the storage of a range of ``file``, which then reads as zeroes: these are ``written``, or else storage is
+    reserved, if the file system can do that. Raises OSError, RequestError."""
+    if not length:
+        return
+    zeroes = file.allocate(min(ZERO_PIECE, length))
+    zeroes.zero()
+    step = ZERO_PIECE if written else PREALLOCATION_PIECE
+    for start in range(0, length, step):
+        count = min(step, length - start)
+        if written:
+            finish(file.write(Request.write(offset + start, zeroes.slice(0, count))))
+        else:
+            finish(file.zero(Request.zero(offset + start, count)))
+        progress(start + count, length)

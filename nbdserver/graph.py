@@ -445,6 +445,11 @@ def attach(parent: Layer, role: str, child: Layer) -> None:
     graph.attach(parent, role, child)
 
 
+def reach(layer: Layer) -> Layer:
+    """``layer``, which is open, as something that requests can be made of: for code that is no parent of it."""
+    return layer if isinstance(layer, Child) else Child(layer, "file", layer)
+
+
 def _set_role(parent: Layer, role: str, edge: Child) -> None:
     name, _, index = role.partition(".")
     if index:

@@ -87,6 +87,9 @@ POOL_MAX: Final = TIB
 #: Zeroes are written out in pieces of this where there is no better way: as long as a bounce.
 ZERO_PIECE: Final = BOUNCE_MAX
 
+#: Storage is reserved in pieces of this, so that progress can be shown where a file system has to write zeroes.
+PREALLOCATION_PIECE: Final = 256 * MIB
+
 #: Segments of one preadv or pwritev: Linux's UIO_MAXIOV.
 IOV_COUNT_MAX: Final = 1024
 

@@ -46,6 +46,8 @@ HEADER: Final = struct.Struct(">IIQIIQIIQQIIQ")
 HEADER3: Final = struct.Struct(">QQQII")
 HEADER_LENGTH_2: Final = 72
 HEADER_LENGTH_3_MIN: Final = 104
+#: With the field ``compression_type``, and padding.
+HEADER_LENGTH_3: Final = 112
 
 #: Offsets in the file of what is rewritten in place; each lies within the first 512-byte sector.
 BACKING_NAME_AT: Final = 8
@@ -66,7 +68,10 @@ INCOMPATIBLE_DATA_FILE: Final = 1 << 2
 INCOMPATIBLE_COMPRESSION: Final = 1 << 3
 INCOMPATIBLE_EXTENDED_L2: Final = 1 << 4
 
+COMPATIBLE_LAZY_REFCOUNTS: Final = 1 << 0
+
 AUTOCLEAR_BITMAPS: Final = 1 << 0
+AUTOCLEAR_DATA_FILE_RAW: Final = 1 << 1
 
 COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
@@ -78,6 +83,7 @@ EXTENSION_END: Final = 0
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
+EXTENSION_ENCRYPTION: Final = 0x0537BE77
 EXTENSION_DATA_FILE: Final = 0x44415441
 
 #: No kind of the specification's: one that readers pass over, in the place of others that are being rewritten.
@@ -86,6 +92,8 @@ EXTENSION_SKIP: Final = 0x534B4950
 #: Feature name table entry: type, bit number, name.
 FEATURE_NAME: Final = struct.Struct(">BB46s")
 FEATURE_INCOMPATIBLE: Final = 0
+FEATURE_COMPATIBLE: Final = 1
+FEATURE_AUTOCLEAR: Final = 2
 
 # -- Host cluster management -------------------------------------------------------------------------------------------
 
@@ -102,6 +110,10 @@ L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 
 #: The first offset that neither an L1 nor an L2 entry can name.
 OFFSET_END: Final = 1 << 56
+
+#: An extended L2 entry says what is in each of so many parts of its cluster. None may be smaller than the format's
+#: least cluster.
+SUBCLUSTERS_COUNT: Final = 32
 
 #: The unit in which compressed data is measured.
 COMPRESSED_SECTOR: Final = 512

@@ -19,6 +19,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `cache`         tables in memory              `occupied`    the overlap check
 `header`        what is read, what is refused `survey`      checks before the first write
 `storage`       the file                      `compression` decompressing
+`create`        new images                    `compose`     the first cluster, taken apart and put together
 =============== ====================================================================================
 
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD, INCOMPATIBLE_DIRTY
 from layers.qcow2 import status
 from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.create import Options, make_image
 from layers.qcow2.header import Header, check_writable, read_header
 from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
@@ -21,8 +22,8 @@ from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
-from nbdserver.format import MapEntry
-from nbdserver.graph import attach
+from nbdserver.format import MapEntry, Progress, no_progress
+from nbdserver.graph import attach, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
@@ -57,6 +58,23 @@ class Qcow2(Layer):
         self._reader: Reader | None = None
         self._writer: Writer | None = None
         self._is_preallocated: bool | None = None
+
+    # -- making images ----------------------------------------------------------------------------------------------
+
+    CreateOptions = Options
+
+    @classmethod
+    def create(
+        cls,
+        file: Layer,
+        size: int,
+        options: Options,
+        *,
+        opener: Opener,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Make an empty image of ``size`` bytes in ``file`` (see `nbdserver.format.Creates`)."""
+        make_image(reach(file), size, options, progress)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

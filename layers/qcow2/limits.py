@@ -53,3 +53,6 @@ DECOMPRESSED_KEPT_MAX: Final = 4 * MIB
 
 #: A zstd frame's window: what RFC 8878 recommends decoders to support, and no cluster needs more than its own size.
 ZSTD_WINDOW_MAX: Final = 8 * MIB
+
+#: Tables of new images are written in pieces of about this size.
+TABLES_PIECE: Final = 4 * MIB

@@ -15,6 +15,8 @@ from layers.memory import Memory
 from layers.raw import Raw
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Extent, Intent
+from nbdserver.files import FileOpener, Files
+from nbdserver.format import Creates
 from nbdserver.graph import Graph
 from nbdserver.limits import DISK_MAX
 from nbdserver.reference import open_stack
@@ -107,3 +109,31 @@ def test_a_window_is_what_qemu_reads_through_it(run: Run, disk: Path, tmp_path: 
     run("qemu-img", "convert", "-O", "raw", f"json:{json.dumps(image)}", tmp_path / "out")
     with open_stack(Raw(File(str(disk)), offset=4608, size=8192), read_only=True) as export:
         assert export.read(0, 8192) == (tmp_path / "out").read_bytes()
+
+
+@pytest.mark.parametrize(("mode", "share"), [("off", 0), ("falloc", 1), ("full", 1)])
+def test_a_new_disk_takes_up_what_is_asked_for(tmp_path: Path, mode: str, share: int) -> None:
+    path = tmp_path / "image"
+    path.touch()
+    file = File(str(path))
+    with open_stack(file):
+        Raw.create(file, (1 << 20) + 1, Raw.CreateOptions(preallocation=mode), opener=FileOpener(Graph(), Files()))
+    assert path.read_bytes() == bytes((1 << 20) + 512)
+    assert share <= path.stat().st_blocks * 512 / (1 << 20) < share + 0.1
+
+
+def test_measured_as_qemu_does(run: Run) -> None:
+    for size in (0, 1, 512, 1000, 1 << 40):
+        theirs = json.loads(run("qemu-img", "measure", "--output=json", "-O", "raw", "--size", size).stdout)
+        ours = Raw.measure(size, Raw.CreateOptions(), ())
+        assert (ours.required, ours.fully_allocated) == (theirs["required"], theirs["fully-allocated"])
+
+
+@pytest.mark.parametrize("size", [-512, 1 << 63])
+def test_a_disk_that_cannot_be_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"size: found {size}"):
+        Raw.create(Memory(512), size, Raw.CreateOptions(), opener=FileOpener(Graph(), Files()))
+
+
+def test_raw_disks_can_be_made() -> None:
+    assert isinstance(Raw, Creates)
