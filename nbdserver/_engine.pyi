@@ -68,7 +68,10 @@ class Meter:
 
 @final
 class DirtyLog:
-    """Which granules of an export have been written: marked when a write has completed, before it is answered."""
+    """Which granules of an export have been written: marked when a write has completed, before it is answered.
+
+    What the export grows by counts as written, what it loses is forgotten.
+    """
 
     def take(self) -> list[tuple[int, int]]:
         """The dirty (offset, length) ranges in order; clean from now on."""
@@ -76,12 +79,20 @@ class DirtyLog:
     def close(self) -> None: ...
 
 @final
+class Running:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@final
 class Export:
     """The engine's view of an export: its size and the cache of where its bytes live."""
 
     @property
     def id(self) -> int: ...
+    #: Bytes; changed in a drained section.
     size: int
+    #: Whether every write is a write and a flush; changed in a drained section.
+    writethrough: bool
     @property
     def sequence(self) -> int:
         """How many changes there have been: to be read before resolving, and given to `fill`."""
@@ -99,6 +110,15 @@ class Export:
     def clear(self) -> None:
         """Forget every extent (they are resolved again when needed)."""
 
+    def known(self, offset: int, length: int, write: bool) -> list[tuple[int, bool]]:
+        """Which parts of the range are cached (for ``write``: as writable), as (length, is cached) runs."""
+
+    def running(self, timeout: float) -> Running | None:
+        """Count as a request that runs, for the time of a ``with`` block: drained sections wait for it. Waits
+        (seconds) for the end of one that has begun; None: it did not end."""
+
+    @property
+    def is_draining(self) -> bool: ...
     def drain_begin(self, timeout: float) -> bool:
         """Hold new requests up and wait (seconds) until none runs. False: they did not end, and nothing is held."""
 
@@ -152,8 +172,22 @@ class Fault:
         """Answer a status request: per context (identifier, [(length, flags), ...])."""
 
 @final
+class Client:
+    """A connection, also after it has ended."""
+
+    @property
+    def peer(self) -> str:
+        """Its address, in words."""
+
+    def counters(self) -> dict[str, int]:
+        """requests that were begun; bytes_read, bytes_written by them."""
+
+    def disconnect(self) -> None:
+        """Close it, whatever it is doing. What it has asked for and is running goes on, unanswered."""
+
+@final
 class Event:
-    """What a connection in its handshake has sent. ``kind``: open (see ``peer``), flags (``code``), option (``code``,
+    """What a connection in its handshake has sent. ``kind``: open (see ``client``), flags (``code``), option (``code``,
     ``data``), oversized (``code``, ``length``; the data is gone), closed. After flags, option and oversized exactly one
     of `next`, `begin` and `end` is due."""
 
@@ -162,7 +196,7 @@ class Event:
     @property
     def kind(self) -> str: ...
     @property
-    def peer(self) -> str | None: ...
+    def client(self) -> Client | None: ...
     @property
     def code(self) -> int: ...
     @property
@@ -226,8 +260,14 @@ class Engine:
     def allocate(self, length: int) -> list[Slot]:
         """Memory for a bounced request; its contents are undefined. OSError ENOMEM when even the reserve is gone."""
 
-    def start(self, listeners: Sequence[int]) -> None:
-        """Start the workers; take over the listening descriptors (non-blocking) and accept on them."""
+    def start(self) -> None:
+        """Start the workers."""
+
+    def listen(self, listener: int) -> int:
+        """Take over a listening descriptor (non-blocking) and accept on it; its number. After `start`."""
+
+    def unlisten(self, number: int) -> None:
+        """Close that listener. What it has accepted stays."""
 
     def stop(self, timeout: float) -> None:
         """Finish what was accepted, for ``timeout`` seconds at most, and end every thread and queue."""

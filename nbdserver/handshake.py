@@ -239,8 +239,10 @@ class Handshake:
     """The server's side of one connection's handshake.
 
     ``exports`` gives the exports by the names they may be asked for under, "" being the default export; it is
-    called again for each option, so exports may come and go. ``stopping`` says whether the server is shutting
-    down. ``peer`` names the client, for reasons. Used by one thread at a time, and not after Begin or End.
+    called again for each option, so exports may come and go. ``enter`` is given the name that transmission is about to
+    begin with and gives the export, there to stay until the connection ends; it may raise `Unavailable`.
+    ``stopping`` says whether the server is shutting down. ``peer`` names the client, for reasons. Used by one thread at
+    a time, and not after Begin or End.
     """
 
     def __init__(
@@ -248,9 +250,10 @@ class Handshake:
         exports: Callable[[], Mapping[str, ExportInfo]],
         *,
         peer: str,
+        enter: Callable[[str], ExportInfo] | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._exports, self._peer, self._stopping = exports, peer, stopping
+        self._exports, self._peer, self._enter, self._stopping = exports, peer, enter, stopping
         self._flags = ClientFlag(0)
         self._options_count = 0
         self._style = Style.SIMPLE
@@ -330,7 +333,7 @@ class Handshake:
         if self._style is Style.EXTENDED:
             raise _RefusalError(ReplyType.ERR_INVALID, "which extended headers rule out: use GO")
         name = fields.rest("export name")
-        export = self._find(name)
+        export = self._entered(name)
         data = struct.pack(">QH", export.size, export.flags(self._style))
         if not self._flags & ClientFlag.NO_ZEROES:
             data += RESERVED_ZEROES
@@ -357,6 +360,8 @@ class Handshake:
                 ReplyType.ERR_BLOCK_SIZE_REQD,
                 f"export {_shown(export.name)} takes blocks of {export.minimum_block} bytes: ask for BLOCK_SIZE",
             )
+        if option == Option.GO:
+            export = self._entered(name)
         selected_for, selected = self._contexts
         contexts = option == Option.INFO or (selected_for == name and bool(selected))
         items = self._information(export, asked, contexts)
@@ -433,12 +438,24 @@ class Handshake:
             raise _RefusalError(ReplyType.ERR_UNKNOWN, what)
         return export
 
+    def _entered(self, name: str) -> ExportInfo:
+        """The export that transmission is to begin with, there to stay."""
+        export = self._find(name)
+        try:
+            return self._enter(name) if self._enter is not None else export
+        except Unavailable as error:
+            raise _RefusalError(ReplyType.ERR_UNKNOWN, str(error)) from error
+
     def _begin(self, data: bytes, name: str, export: ExportInfo) -> Begin:
         selected_for, contexts = self._contexts
         return Begin(data, export, self._style, contexts if selected_for == name else ())
 
     def _end(self, what: str) -> End:
         return End(b"", f"{self._peer} {what}")
+
+
+class Unavailable(Exception):
+    """An export cannot be had now; the message is for the client."""
 
 
 class _RefusalError(Exception):

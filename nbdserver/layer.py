@@ -207,7 +207,7 @@ class Layer:
 
     def children(self) -> Iterator[tuple[str, Layer]]:
         """(role, child) pairs, in the order of the fields; children of a list are ``role.0``, ``role.1``, ..."""
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):  # a copy: who only looks on may do so while the layer changes
             if name.startswith("_"):
                 continue
             if isinstance(value, Layer):

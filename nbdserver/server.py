@@ -11,13 +11,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import errno
+import functools
+import itertools
 import logging
 import os
 import resource
-import socket
-import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -30,7 +33,7 @@ from nbdserver.graph import Graph, Leaf, execute, flatten, walk
 from nbdserver.handshake import Begin, End, ExportInfo, Handshake
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import (
-    CONNECTIONS_BACKLOG,
+    DISK_MAX,
     DRAIN_TIMEOUT,
     EXTENTS_AHEAD_MAX,
     FAULT_THREADS,
@@ -41,8 +44,10 @@ from nbdserver.limits import (
     STOP_TIMEOUT,
     WORKERS_MAX,
 )
+from nbdserver.listening import Listener, bind
+from nbdserver.offers import KEEP, Client, Keep, Offers
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
-from nbdserver.uri import NbdUri, parse_listen
+from nbdserver.uri import parse_listen
 
 #: Flags of requests on the wire (proto.md, "Command flags").
 FUA: Final = 1 << 0
@@ -118,6 +123,17 @@ class Supplies:
         return self._engine.new_meter(buckets, iops_size)
 
 
+class Removal(enum.Enum):
+    """What becomes of an export's clients when it is removed: QEMU's ``BlockExportRemoveMode``, and DRAIN."""
+
+    #: There are none, or it is not removed.
+    SAFE = "safe"
+    #: They are disconnected.
+    HARD = "hard"
+    #: They stay; no new ones are taken, and the export ends after the last of them.
+    DRAIN = "drain"
+
+
 class Export:
     """One export: a layer graph, and the engine's cache of where its bytes live."""
 
@@ -126,6 +142,21 @@ class Export:
     ) -> None:
         self.name, self.root, self.info, self.engine_export = name, root, info, engine_export
         self._effects = effects
+        #: See `offers.Offered`.
+        self.clients: set[Client] = set()
+        self.is_leaving = self.is_ending = False
+        #: Set when it is over: its layers are closed.
+        self.ended = threading.Event()
+
+    @contextlib.contextmanager
+    def running(self, timeout: float = DRAIN_TIMEOUT) -> Iterator[None]:
+        """Count as a request: nobody changes the graph meanwhile. Raises TimeoutError when a drained section does not
+        end."""
+        running = self.engine_export.running(timeout)
+        if running is None:
+            raise TimeoutError(f"a drained section of export {self.name!r} has not ended within {timeout} s")
+        with running:
+            yield
 
     @contextlib.contextmanager
     def drained(self, timeout: float = DRAIN_TIMEOUT) -> Iterator[None]:
@@ -139,6 +170,11 @@ class Export:
             yield
         finally:
             self.engine_export.drain_end()
+
+    def resized(self) -> None:
+        """The root has another size, in a drained section: clients learn of it when they connect again."""
+        self.engine_export.size = self.root.size
+        self.info = dataclasses.replace(self.info, size=self.root.size)
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -243,7 +279,7 @@ class Export:
         files: dict[str, Any] = {}
         for path, layer in walk(self.root):
             layers[path] = {"type": layer.type, **layer.buffer_counters.counts()}
-            for file in vars(layer).values():
+            for file in list(vars(layer).values()):
                 if isinstance(file, _engine.File):
                     files[file.name] = file.counters()
         return {**self.engine_export.counters(), "layers": layers, "files": files}
@@ -307,16 +343,21 @@ class Server:
         self._supplies = Supplies(self._engine)
         self._files = Files(self._supplies.open_file)
         self._lock = threading.Lock()
-        self._exports: dict[str, Export] = {}
+        #: Held by who opens, closes or joins layers, and for the time of drained sections: see `drained`.
+        self._structure = threading.RLock()
+        self._offers: Offers[Export] = Offers()
+        #: The exports that take clients, by name. Read only.
+        self.exports: Mapping[str, Export] = self._offers.exports
+        self._exports = self.exports
         self._by_id: dict[int, Export] = {}
-        self._default: str | None = None
-        self._handshakes: dict[tuple[int, int], Handshake] = {}
+        self._clients: dict[tuple[int, int], Client] = {}
+        self._client_numbers = itertools.count(1)
         self._threads: list[threading.Thread] = []
-        self._bound: list[tuple[str, tuple[int, int]]] = []
+        #: Threads that end exports whose last client has left.
+        self._enders: set[threading.Thread] = set()
+        self._listeners: list[Listener] = []
         self._stopping = threading.Event()
         self._stopped = threading.Event()
-        #: Actual addresses as NBD URIs, once started.
-        self.listening: list[str] = []
 
     # -- exports -------------------------------------------------------------------------------------------------
 
@@ -333,8 +374,34 @@ class Server:
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
-        self._check_free(name, default)
-        opener = FileOpener(
+        with self._structure:
+            self._offers.check_free(name, default)
+            export = self.open(name, layer, read_only=read_only, description=description)
+            try:
+                self.change(add=[export], default=name if default else KEEP)
+            except BaseException:
+                self.end(export)
+                raise
+            return export
+
+    def open(self, name: str, layer: Layer, *, read_only: bool = False, description: str = "") -> Export:
+        """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
+        with self._structure:
+            self._graph.open(layer, self._opener(read_only))
+            try:
+                read_only = read_only or layer.read_only
+                info = ExportInfo(name=name, description=description, size=layer.size, read_only=read_only)
+                engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
+                export = Export(name, layer, info, engine_export, self._effects)
+            except BaseException:
+                self._graph.close(layer)
+                raise
+            self._graph.subscribe(layer, engine_export.changed)
+            self._by_id[engine_export.id] = export
+            return export
+
+    def _opener(self, read_only: bool) -> FileOpener:
+        return FileOpener(
             self._graph,
             self._files,
             roots=self._roots,
@@ -342,75 +409,142 @@ class Server:
             allocate=self._supplies.allocate,
             meter=self._supplies.meter,
         )
-        self._graph.open(layer, opener)
+
+    def change(
+        self,
+        *,
+        add: Sequence[Export] = (),
+        remove: Sequence[Export] = (),
+        default: str | Keep | None = KEEP,
+        mode: Removal = Removal.DRAIN,
+    ) -> None:
+        """Offer some exports, and no longer others, in one step for all clients; what has none is ended before this
+        returns. ``default``: the name of the default export (None: there is to be none).
+
+        Raises ConfigError, with nothing changed; and, after all has been done, the first error of closing an image.
+        """
+        idle = self._offers.change(add=add, remove=remove, default=default, if_idle=mode is Removal.SAFE)
+        if mode is Removal.HARD:
+            for export in remove:
+                for client in self._offers.clients_of(export):
+                    client.connection.disconnect()
+        with contextlib.ExitStack() as ending:
+            for export in idle:
+                ending.callback(self.end, export)
+
+    def remove(self, name: str, mode: Removal = Removal.SAFE, timeout: float = STOP_TIMEOUT) -> bool:
+        """Offer the export no longer. Whether it is over: with DRAIN it may not be, and with HARD not if running
+        requests take longer than ``timeout``, seconds. Raises as `change`, and ConfigError if there is none such."""
+        export = self._named(name)
+        self.change(remove=[export], mode=mode)
+        return export.ended.wait(timeout if mode is Removal.HARD else 0)
+
+    def end(self, export: Export) -> None:
+        """Close the layers of an export that takes no clients and has none, once its last requests have ended."""
         try:
-            read_only = read_only or layer.read_only
-            info = ExportInfo(name=name, description=description, size=layer.size, read_only=read_only)
-            export = Export(
-                name,
-                layer,
-                info,
-                self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough),
-                self._effects,
-            )
-            self._graph.subscribe(layer, export.engine_export.changed)
-            with self._lock:
-                self._check_free(name, default)
-                self._exports[name] = export
-                self._by_id[export.engine_export.id] = export
-                if default:
-                    self._default = name
-        except BaseException:
-            self._graph.close(layer)
-            raise
+            while not export.engine_export.drain_begin(DRAIN_TIMEOUT):
+                self._log(f"export {export.name!r} cannot end: its requests have been running for {DRAIN_TIMEOUT} s")
+            with self._structure:
+                self._graph.close(export.root)
+        finally:
+            self._by_id.pop(export.engine_export.id, None)
+            self._offers.forget(export)
+            export.ended.set()
+
+    def resize(self, name: str, size: int) -> None:
+        """Give the export's disk another size, in bytes. Raises ConfigError, RequestError (the layers cannot),
+        TimeoutError (requests do not end)."""
+        export = self._named(name)
+        if not 0 <= size <= DISK_MAX:
+            raise ConfigError(f"found a size of {size}, allowed are 0 to {DISK_MAX}")
+        if export.info.read_only:
+            raise ConfigError(f"export {name!r} is read-only")
+        with self.drained(export.root) as exports:
+            writable = {layer for _, layer in walk(export.root) if not layer.read_only}
+            for other in [
+                other for other in self._by_id.values() if not other.is_ending and other.root is not export.root
+            ]:
+                if not writable.isdisjoint(layer for _, layer in walk(other.root)):
+                    raise ConfigError(f"export {name!r} stands on layers that export {other.name!r} uses too")
+            try:
+                export.root.resize(size)
+            finally:
+                for changed in exports:
+                    changed.resized()
+
+    @contextlib.contextmanager
+    def drained(self, layer: Layer, timeout: float = DRAIN_TIMEOUT) -> Iterator[list[Export]]:
+        """A drained section of every export that reaches ``layer``: those. Nobody opens or closes layers meanwhile.
+
+        Not from within a request. Raises TimeoutError when requests will not end.
+        """
+        with self._structure, contextlib.ExitStack() as sections:
+            opened = list(self._by_id.values())
+            exports = [export for export in opened if any(found is layer for _, found in walk(export.root))]
+            for export in exports:
+                sections.enter_context(export.drained(timeout))
+            yield exports
+
+    def _named(self, name: str) -> Export:
+        export = self.exports.get(name)
+        if export is None:
+            raise ConfigError(f"there is no export {name!r}")
         return export
 
-    def _check_free(self, name: str, default: bool) -> None:
-        if name in self._exports:
-            raise ConfigError(f"there is an export {name!r} already")
-        if default and self._default is not None:
-            raise ConfigError(f"export {name!r} cannot be the default: {self._default!r} is")
-        if (default and "" in self._exports) or (name == "" and self._default is not None):
-            raise ConfigError('the empty name "" is taken: only one export can be the default')
+    # -- clients -------------------------------------------------------------------------------------------------
 
-    def _export_infos(self) -> Mapping[str, ExportInfo]:
-        with self._lock:
-            infos = {name: export.info for name, export in self._exports.items()}
-            if self._default is not None:
-                infos[""] = infos[self._default]
-        return infos
+    @property
+    def clients(self) -> list[Client]:
+        """Those that are connected, in the order in which they came."""
+        return sorted(self._clients.values(), key=lambda client: client.id)
+
+    def disconnect(self, id: int) -> None:
+        """Close one client's connection. Raises ConfigError if there is none such."""
+        for client in self.clients:
+            if client.id == id:
+                client.connection.disconnect()
+                return
+        raise ConfigError(f"there is no client {id}")
+
+    # -- listening -----------------------------------------------------------------------------------------------
+
+    @property
+    def listening(self) -> list[str]:
+        """Actual addresses as NBD URIs, once started."""
+        return [str(listener.address) for listener in self._listeners]
+
+    def accept(self, listener: Listener) -> None:
+        """Serve those who connect to ``listener``, too. The server is running."""
+        while listener.sockets:
+            listener.numbers.append(self._engine.listen(listener.sockets.pop(0).detach()))
+        self._listeners.append(listener)
+
+    def refuse(self, listener: Listener) -> None:
+        """Accept no more on ``listener``; who is connected stays."""
+        self._listeners.remove(listener)
+        for number in listener.numbers:
+            self._engine.unlisten(number)
+        listener.close()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen and serve. Raises ConfigError, with nothing left listening."""
-        sockets: list[socket.socket] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            bound = []
             for address in self._addresses:
-                bound = _bind(address)
-                sockets.append(bound)
-                self._note_bound(address, bound)
+                bound.append(bind(address))
+                undo.callback(bound[-1].close)
             # The threads first: from the first connection on there must be somebody to answer.
             self._spawn("nbd-handshake", self._serve_events)
             for index in range(self._fault_threads_count):
                 self._spawn(f"nbd-fault-{index}", self._serve_faults)
-            self._engine.start([bound.detach() for bound in sockets])
-        except BaseException:
-            for bound in sockets:
-                bound.close()
-            self._unlink()
-            raise
+            self._engine.start()
+            for listener in bound:
+                self.accept(listener)
+            undo.pop_all()
         refused = self._engine.refused
         self._log(f"backend: {self._engine.backend}" + (f" ({refused})" if refused else ""))
-
-    def _note_bound(self, address: NbdUri, bound: socket.socket) -> None:
-        if address.socket is not None:
-            path = os.path.abspath(address.socket)
-            status = os.stat(path)
-            self._bound.append((path, (status.st_dev, status.st_ino)))
-            self.listening.append(str(NbdUri(socket=path)))
-        else:
-            self.listening.append(str(NbdUri(host=address.host, port=bound.getsockname()[1])))
 
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -427,25 +561,19 @@ class Server:
                 return
             self._stopping.set()
         self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
-        for thread in self._threads:
+        for thread in (*self._threads, *self._enders):
             thread.join()
-        self._handshakes.clear()
-        self._unlink()
+        for listener in self._listeners:
+            listener.close()
+        for client in self.clients:
+            self._offers.leave(client)
+        self._clients.clear()
         try:
             with contextlib.ExitStack() as closing:
-                for export in self._exports.values():
-                    closing.callback(self._graph.close, export.root)
+                for export in self._offers.take_all():
+                    closing.callback(self.end, export)
         finally:
             self._stopped.set()
-
-    def _unlink(self) -> None:
-        """Remove our sockets, unless somebody has put others in their place."""
-        for path, identity in self._bound:
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(path)
-                if (status.st_dev, status.st_ino) == identity:
-                    os.unlink(path)
-        self._bound.clear()
 
     def wait(self) -> None:
         """Wait until the server has been stopped by another thread."""
@@ -474,14 +602,14 @@ class Server:
         """Counters: of the engine, and of every export by name (``faults`` are requests that needed a fault thread,
         ``*_calls`` calls into Python, ``hits`` requests that the engine answered alone). Of an export, also ``layers``
         by the roles that lead to them ("/" is the root; `layer.BufferCounters`), and ``files`` by their names
-        (``fixed``: reads and writes on registered buffers)."""
-        with self._lock:
-            exports = {name: export.counters() for name, export in self._exports.items()}
+        (``fixed``: reads and writes on registered buffers). Of every client, what it has asked for."""
+        exports = {name: export.counters() for name, export in list(self.exports.items())}
         return {
             "backend": self._engine.backend,
             "connections": self._engine.connections,
             "pool": {"size": self._engine.pool_size, "free": self._engine.pool_free},
             "exports": exports,
+            "clients": [client.describe() for client in self.clients],
         }
 
     # -- threads -------------------------------------------------------------------------------------------------
@@ -495,17 +623,16 @@ class Server:
                 event.end(b"")
 
     def _handle(self, event: _engine.Event) -> None:
-        connection = event.connection
         if event.kind == "open":
-            peer = event.peer or ""
-            self._handshakes[connection] = Handshake(self._export_infos, peer=peer, stopping=self._stopping.is_set)
+            self._opened(event)
             return
         if event.kind == "closed":
-            self._handshakes.pop(connection, None)
+            self._closed(event.connection)
             return
-        handshake = self._handshakes.get(connection)
-        if handshake is None:
+        client = self._clients.get(event.connection)
+        if client is None or client.handshake is None:
             return  # it has begun transmission or ended: nothing more is asked of us
+        handshake = client.handshake
         if event.kind == "flags":
             action = handshake.client_flags(event.code)
         elif event.kind == "option":
@@ -515,23 +642,56 @@ class Server:
         if action is None:
             event.next(b"")
         elif isinstance(action, Begin):
-            del self._handshakes[connection]
-            self._begin(event, action)
+            client.handshake = None
+            self._begin(event, action, client)
         elif isinstance(action, End):
-            del self._handshakes[connection]
+            client.handshake = None
             if action.reason:
                 self._log(action.reason)
             event.end(action.data)
         else:
             event.next(action.data)
 
-    def _begin(self, event: _engine.Event, action: Begin) -> None:
-        with self._lock:
-            export = self._exports.get(action.export.name)
-        if export is None:  # removed since it was looked up
-            event.end(b"")
+    def _opened(self, event: _engine.Event) -> None:
+        assert event.client is not None
+        client = Client(next(self._client_numbers), event.client, time.time())
+        client.handshake = Handshake(
+            self._export_infos,
+            peer=event.client.peer,
+            enter=functools.partial(self._enter, client),
+            stopping=self._stopping.is_set,
+        )
+        self._clients[event.connection] = client
+
+    def _export_infos(self) -> Mapping[str, ExportInfo]:
+        return self._offers
+
+    def _enter(self, client: Client, name: str) -> ExportInfo:
+        return self._offers.enter(client, name).info
+
+    def _begin(self, event: _engine.Event, action: Begin, client: Client) -> None:
+        assert isinstance(client.export, Export), "entered before it was answered"
+        event.begin(action.data, client.export.engine_export, action.style, list(action.contexts))
+
+    def _closed(self, connection: tuple[int, int]) -> None:
+        client = self._clients.pop(connection, None)
+        if client is None:
             return
-        event.begin(action.data, export.engine_export, action.style, list(action.contexts))
+        export = self._offers.leave(client)
+        if export is not None:
+            thread = threading.Thread(target=self._end_alone, args=(export,), name=f"nbd-end-{export.name}")
+            self._enders.add(thread)
+            thread.start()
+
+    def _end_alone(self, export: Export) -> None:
+        """`end`, with nobody there to be told how it failed."""
+        try:
+            self.end(export)
+        except Exception as error:
+            _log.exception("export %r did not end well", export.name)
+            self._log(f"export {export.name!r} did not end well: {error}")
+        finally:
+            self._enders.discard(threading.current_thread())
 
     def _serve_faults(self) -> None:
         while (fault := self._engine.take_fault()) is not None:
@@ -554,53 +714,3 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# -- listening -------------------------------------------------------------------------------------------------------
-
-
-def _bind(address: NbdUri) -> socket.socket:
-    """A listening socket. Raises ConfigError."""
-    try:
-        if address.socket is not None:
-            return _bind_unix(address.socket)
-        found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, where = found[0]
-        with contextlib.ExitStack() as undo:
-            bound = undo.enter_context(socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(where)
-            bound.listen(CONNECTIONS_BACKLOG)
-            bound.setblocking(False)
-            undo.pop_all()
-            return bound
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}", key="listen") from error
-
-
-def _bind_unix(path: str) -> socket.socket:
-    with contextlib.ExitStack() as undo:
-        bound = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-        try:
-            bound.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            os.unlink(path)
-            bound.bind(path)
-        bound.listen(CONNECTIONS_BACKLOG)
-        bound.setblocking(False)
-        undo.pop_all()
-        return bound
-
-
-def _is_stale(path: str) -> bool:
-    """Whether ``path`` is a socket that nobody listens on any more."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-    return False

@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,14 @@ def qemu_io(path: Path, *commands: str) -> None:
     """Run qemu-io commands on an image. qemu-io exits 0 whatever happens, so its output is looked at."""
     output = run("qemu-io", "-f", "qcow2", *(word for command in commands for word in ("-c", command)), path)
     assert "failed" not in output and "rror" not in output, output
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until something is so that happens by itself."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.005)
 
 
 def check(path: Path, *, leaks_allowed: bool = False) -> None:

@@ -11,6 +11,7 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
+use crate::client::Client;
 use crate::export::Export;
 use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
@@ -300,6 +301,7 @@ pub struct Payload {
 pub struct Connection {
     pub socket: OwnedFd,
     pub token: u64,
+    pub client: Arc<Client>,
     pub phase: Phase,
     /// When the handshake must be over.
     pub deadline: Instant,

@@ -181,8 +181,8 @@ impl Engine {
         }))
     }
 
-    /// Start the workers, and accept on `listeners`.
-    pub fn start(self: &Arc<Self>, listeners: Vec<OwnedFd>) -> Result<(), StartError> {
+    /// Start the workers. They get connections from `listen` on.
+    pub fn start(self: &Arc<Self>) -> Result<(), StartError> {
         let said = |error: std::io::Error| StartError(format!("starting a worker: {error}"));
         let mut rings = std::mem::take(&mut *self.rings.lock().unwrap());
         let mut running = self.running.lock().unwrap();
@@ -192,9 +192,22 @@ impl Engine {
             self.inboxes[index].open();
             running.push(builder.spawn(move || worker.run()).map_err(said)?);
         }
-        let acceptor = Acceptor::start(self.clone(), listeners).map_err(said)?;
+        let acceptor = Acceptor::start(self.clone()).map_err(said)?;
         *self.acceptor.lock().unwrap() = Some(acceptor);
         Ok(())
+    }
+
+    /// Accept on a listener from now on; its number. None: the engine is not running.
+    pub fn listen(&self, listener: OwnedFd) -> Option<u32> {
+        let acceptor = self.acceptor.lock().unwrap();
+        acceptor.as_ref().map(|acceptor| acceptor.add(listener))
+    }
+
+    /// Close the listener of that number.
+    pub fn unlisten(&self, number: u32) {
+        if let Some(acceptor) = self.acceptor.lock().unwrap().as_ref() {
+            acceptor.remove(number);
+        }
     }
 
     /// Accept no more, finish the requests that were taken (until `timeout`), close every connection, and end the

@@ -36,10 +36,10 @@ struct Gate {
 
 pub struct Export {
     pub id: u32,
-    pub size: AtomicU64,
+    size: AtomicU64,
     pub read_only: bool,
     /// Every write is followed by a flush before it is answered.
-    pub writethrough: bool,
+    pub writethrough: AtomicBool,
     pub counters: Counters,
     /// Faults of this export on fault threads now: no export may have them all.
     pub faulting: AtomicUsize,
@@ -48,6 +48,7 @@ pub struct Export {
     closed: AtomicBool,
     gate: Mutex<Gate>,
     drained: Condvar,
+    opened: Condvar,
     logging: AtomicBool,
     logs: RwLock<Vec<Arc<DirtyLog>>>,
 }
@@ -73,7 +74,7 @@ impl Export {
             id,
             size: AtomicU64::new(size),
             read_only,
-            writethrough,
+            writethrough: AtomicBool::new(writethrough),
             counters: Counters::default(),
             faulting: AtomicUsize::new(0),
             cache: RwLock::new(Cache::new(CACHE_ENTRIES_MAX)),
@@ -81,8 +82,23 @@ impl Export {
             closed: AtomicBool::new(false),
             gate: Mutex::default(),
             drained: Condvar::new(),
+            opened: Condvar::new(),
             logging: AtomicBool::new(false),
             logs: RwLock::default(),
+        }
+    }
+
+    /// Bytes. Stays what it is while a request runs.
+    pub fn size(&self) -> u64 {
+        self.size.load(SeqCst)
+    }
+
+    /// The disk has another size: to be called in a drained section. What it has grown by counts as written.
+    pub fn resize(&self, size: u64) {
+        let logs = self.logs.read().unwrap(); // no log begins meanwhile
+        self.size.store(size, SeqCst);
+        for log in logs.iter() {
+            log.resize(size);
         }
     }
 
@@ -102,6 +118,11 @@ impl Export {
 
     pub fn clear(&self) {
         self.cache.write().unwrap().clear();
+    }
+
+    /// Which parts of the range are known (for `write`: known to be writable), as (length, is known) runs.
+    pub fn known(&self, offset: u64, length: u64, write: bool) -> Vec<(u64, bool)> {
+        self.cache.read().unwrap().runs(offset, length, write)
     }
 
     pub fn extents(&self) -> usize {
@@ -161,6 +182,21 @@ impl Export {
         Some(Running(self.clone()))
     }
 
+    /// Begin a request once no drained section holds it up; None when that takes too long.
+    pub fn enter_waiting(self: &Arc<Self>, timeout: Duration) -> Option<Running> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(running) = self.enter() {
+                return Some(running);
+            }
+            let mut gate = self.gate.lock().unwrap();
+            while gate.depth > 0 {
+                let left = deadline.checked_duration_since(Instant::now())?;
+                gate = self.opened.wait_timeout(gate, left).unwrap().0;
+            }
+        }
+    }
+
     /// Whether a drained section waits for running requests, or has begun.
     pub fn is_draining(&self) -> bool {
         self.closed.load(SeqCst)
@@ -207,6 +243,7 @@ impl Export {
         gate.depth -= 1;
         if gate.depth == 0 {
             self.closed.store(false, SeqCst);
+            self.opened.notify_all();
             for inbox in gate.parked.drain(..) {
                 inbox.wake();
             }
@@ -215,9 +252,13 @@ impl Export {
 
     // -- dirty logs ------------------------------------------------------------------------------------------
 
-    pub fn add_log(&self, log: Arc<DirtyLog>) {
-        self.logs.write().unwrap().push(log);
+    /// Begin a log; `granularity` in bytes, a power of two.
+    pub fn new_log(&self, granularity: u64) -> Arc<DirtyLog> {
+        let mut logs = self.logs.write().unwrap();
+        let log = Arc::new(DirtyLog::new(self.size(), granularity));
+        logs.push(log.clone());
         self.logging.store(true, SeqCst);
+        log
     }
 
     pub fn remove_log(&self, log: &Arc<DirtyLog>) {
@@ -252,41 +293,57 @@ impl Place {
 /// Which granules of an export have been written since each was last taken: a bit a granule.
 pub struct DirtyLog {
     granularity: u64,
-    bits: Vec<AtomicU64>,
+    bits: RwLock<Bits>,
+}
+
+struct Bits {
+    /// The disk's size, bytes. No bit is set of a granule past it.
+    size: u64,
+    words: Vec<AtomicU64>,
 }
 
 impl DirtyLog {
-    /// `granularity` in bytes, a power of two.
-    pub fn new(size: u64, granularity: u64) -> DirtyLog {
+    fn new(size: u64, granularity: u64) -> DirtyLog {
         assert!(granularity.is_power_of_two());
-        let words = size.div_ceil(granularity).div_ceil(64) as usize;
-        DirtyLog {
+        let bits = Bits {
+            size: 0,
+            words: Vec::new(),
+        };
+        let log = DirtyLog {
             granularity,
-            bits: (0..words).map(|_| AtomicU64::new(0)).collect(),
-        }
+            bits: RwLock::new(bits),
+        };
+        log.bits.write().unwrap().set_size(size, granularity);
+        log
     }
 
     fn mark(&self, offset: u64, length: u64) {
-        if length == 0 {
-            return;
-        }
-        for granule in offset / self.granularity..=(offset + length - 1) / self.granularity {
-            if let Some(word) = self.bits.get((granule / 64) as usize) {
-                word.fetch_or(1 << (granule % 64), SeqCst);
-            }
-        }
+        self.bits
+            .read()
+            .unwrap()
+            .mark(offset, length, self.granularity);
     }
 
-    /// The dirty ranges as (offset, length), and clean from now on. The last may pass the end of the disk.
+    /// Marks what the disk has grown by: who follows it has never seen that. Forgets what it has lost.
+    fn resize(&self, size: u64) {
+        let mut bits = self.bits.write().unwrap();
+        let before = bits.size;
+        bits.set_size(size, self.granularity);
+        bits.mark(before, size.saturating_sub(before), self.granularity);
+    }
+
+    /// The dirty ranges as (offset, length), and clean from now on.
     pub fn take(&self) -> Vec<(u64, u64)> {
+        let bits = self.bits.read().unwrap();
         let mut runs: Vec<(u64, u64)> = Vec::new();
-        for (index, word) in self.bits.iter().enumerate() {
-            let bits = word.swap(0, SeqCst);
-            for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
+        for (index, word) in bits.words.iter().enumerate() {
+            let set = word.swap(0, SeqCst);
+            for bit in (0..64).filter(|bit| set >> bit & 1 == 1) {
                 let at = (index as u64 * 64 + bit) * self.granularity;
+                let taken = self.granularity.min(bits.size - at);
                 match runs.last_mut() {
-                    Some((start, length)) if *start + *length == at => *length += self.granularity,
-                    _ => runs.push((at, self.granularity)),
+                    Some((start, length)) if *start + *length == at => *length += taken,
+                    _ => runs.push((at, taken)),
                 }
             }
         }
@@ -294,6 +351,96 @@ impl DirtyLog {
     }
 }
 
+impl Bits {
+    fn set_size(&mut self, size: u64, granularity: u64) {
+        let granules = size.div_ceil(granularity);
+        let words = granules.div_ceil(64) as usize;
+        self.size = size;
+        self.words.resize_with(words, AtomicU64::default);
+        if !granules.is_multiple_of(64) {
+            *self.words[words - 1].get_mut() &= (1 << (granules % 64)) - 1;
+        }
+    }
+
+    /// Marks what lies within the disk.
+    fn mark(&self, offset: u64, length: u64, granularity: u64) {
+        let end = offset.saturating_add(length).min(self.size);
+        if offset >= end {
+            return;
+        }
+        for granule in offset / granularity..=(end - 1) / granularity {
+            self.words[(granule / 64) as usize].fetch_or(1 << (granule % 64), SeqCst);
+        }
+    }
+}
+
 pub fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANULE: u64 = 1 << 16;
+
+    fn export(size: u64) -> Arc<Export> {
+        Arc::new(Export::new(0, size, false, false))
+    }
+
+    #[test]
+    fn a_log_tells_what_was_written_once() {
+        let export = export(100 * GRANULE);
+        let log = export.new_log(GRANULE);
+        export.written(GRANULE, 1);
+        export.written(2 * GRANULE + 5, GRANULE);
+        export.written(99 * GRANULE, GRANULE);
+        let taken = vec![(GRANULE, 3 * GRANULE), (99 * GRANULE, GRANULE)];
+        assert_eq!(log.take(), taken);
+        assert_eq!(log.take(), vec![]);
+    }
+
+    #[test]
+    fn a_log_ends_where_the_disk_does() {
+        let export = export(GRANULE + 512);
+        let log = export.new_log(GRANULE);
+        export.written(0, GRANULE + 512);
+        assert_eq!(log.take(), vec![(0, GRANULE + 512)]);
+    }
+
+    #[test]
+    fn what_a_disk_grows_by_is_dirty_and_then_followed() {
+        let export = export(GRANULE);
+        let log = export.new_log(GRANULE);
+        export.resize(200 * GRANULE);
+        assert_eq!(log.take(), vec![(GRANULE, 199 * GRANULE)]);
+        export.written(150 * GRANULE, 512);
+        assert_eq!(log.take(), vec![(150 * GRANULE, GRANULE)]);
+    }
+
+    #[test]
+    fn what_a_disk_shrinks_by_is_forgotten_and_dirty_when_it_comes_back() {
+        let export = export(200 * GRANULE);
+        let log = export.new_log(GRANULE);
+        export.written(0, 200 * GRANULE);
+        export.resize(70 * GRANULE);
+        assert_eq!(log.take(), vec![(0, 70 * GRANULE)]);
+        export.resize(130 * GRANULE);
+        assert_eq!(log.take(), vec![(70 * GRANULE, 60 * GRANULE)]);
+    }
+
+    #[test]
+    fn who_waits_for_the_gate_enters_when_it_opens() {
+        let export = export(GRANULE);
+        assert!(export.drain_begin(Duration::ZERO));
+        assert!(export.enter_waiting(Duration::from_millis(1)).is_none());
+        let waiting = {
+            let export = export.clone();
+            std::thread::spawn(move || export.enter_waiting(Duration::from_secs(60)).is_some())
+        };
+        std::thread::sleep(Duration::from_millis(10));
+        export.drain_end();
+        assert!(waiting.join().unwrap());
+        assert!(export.drain_begin(Duration::ZERO), "it has left again");
+    }
 }

@@ -186,6 +186,28 @@ impl Cache {
         covered
     }
 
+    /// Which parts of the range are known, for `write` as writable, as (length, is known) runs.
+    pub fn runs(&self, offset: u64, length: u64, write: bool) -> Vec<(u64, bool)> {
+        let end = offset.saturating_add(length);
+        let mut runs = Vec::new();
+        let mut position = offset;
+        let mut push = |until: u64, known: bool| {
+            let count = until - std::mem::replace(&mut position, until);
+            match runs.last_mut() {
+                _ if count == 0 => {}
+                Some((length, was)) if *was == known => *length += count,
+                _ => runs.push((count, known)),
+            }
+        };
+        for (start, piece) in self.overlapping(offset, end) {
+            push(start.max(offset), false);
+            let known = !write || piece.target.is_writable();
+            push((start + piece.length).min(end), known);
+        }
+        push(end, false);
+        runs
+    }
+
     /// Enter what a resolve answered that began when `sequence()` was `sequence`: pieces that are
     /// contiguous from `offset`. What has changed since is cut out; false, and nothing is entered,
     /// if so much has that it is no longer known what.
@@ -384,6 +406,19 @@ fn append(out: &mut Vec<Piece>, first: usize, piece: Piece) {
 mod tests {
     use super::*;
     use crate::random::Random;
+
+    #[test]
+    fn what_is_known_is_told_in_runs() {
+        let mut cache = Cache::new(8);
+        assert_eq!(cache.runs(0, 10, false), vec![(10, false)]);
+        cache.fill(0, 10, &[piece(10, READABLE), piece(10, WRITABLE)]);
+        cache.fill(0, 40, &[piece(10, Target::Zero)]);
+        let read = vec![(5, false), (20, true), (10, false), (5, true)];
+        assert_eq!(cache.runs(5, 40, false), read);
+        let write = vec![(15, false), (10, true), (15, false)];
+        assert_eq!(cache.runs(5, 40, true), write);
+        assert_eq!(cache.runs(12, 3, false), vec![(3, true)]);
+    }
 
     const READABLE: Target = place(0, false);
     const WRITABLE: Target = place(0, true);

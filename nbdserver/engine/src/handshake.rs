@@ -3,15 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 
+use crate::client::Client;
 use crate::export::Export;
 use crate::wire::Style;
 use crate::worker::{Inbox, Message};
 
 /// What a connection in its handshake has sent, whole.
 pub enum Said {
-    Open {
-        peer: String,
-    },
+    Open(Arc<Client>),
     Flags(u32),
     Option {
         code: u32,

@@ -1,5 +1,6 @@
 //! The engine of nbdserver: it moves bytes. What they mean is decided in Python; this is the only file that knows Python.
 
+mod client;
 mod connection;
 mod direct;
 mod engine;
@@ -345,6 +346,22 @@ struct Export {
     export: Arc<export::Export>,
 }
 
+/// A request of Python's own that runs on an export, until the end of a `with` block.
+#[pyclass(module = "nbdserver._engine")]
+struct Running {
+    held: Option<export::Running>,
+}
+
+#[pymethods]
+impl Running {
+    fn __enter__(&self) {}
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&mut self, _exception: &Bound<'_, pyo3::types::PyTuple>) {
+        self.held = None;
+    }
+}
+
 #[pyclass(frozen, module = "nbdserver._engine")]
 struct DirtyLog {
     export: Arc<export::Export>,
@@ -423,12 +440,27 @@ impl Export {
 
     #[getter]
     fn size(&self) -> u64 {
-        self.export.size.load(Relaxed)
+        self.export.size()
     }
 
     #[setter]
-    fn set_size(&self, size: u64) {
-        self.export.size.store(size, Relaxed);
+    fn set_size(&self, py: Python<'_>, size: u64) {
+        py.detach(|| self.export.resize(size));
+    }
+
+    #[getter]
+    fn writethrough(&self) -> bool {
+        self.export.writethrough.load(Relaxed)
+    }
+
+    #[setter]
+    fn set_writethrough(&self, writethrough: bool) {
+        self.export.writethrough.store(writethrough, Relaxed);
+    }
+
+    #[getter]
+    fn is_draining(&self) -> bool {
+        self.export.is_draining()
     }
 
     #[getter]
@@ -451,6 +483,16 @@ impl Export {
         self.export.clear();
     }
 
+    fn known(&self, offset: u64, length: u64, write: bool) -> Vec<(u64, bool)> {
+        self.export.known(offset, length, write)
+    }
+
+    fn running(&self, py: Python<'_>, timeout: f64) -> PyResult<Option<Running>> {
+        let timeout = seconds(timeout)?;
+        let held = py.detach(|| self.export.enter_waiting(timeout));
+        Ok(held.map(|held| Running { held: Some(held) }))
+    }
+
     fn drain_begin(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
         let timeout = seconds(timeout)?;
         Ok(py.detach(|| self.export.drain_begin(timeout)))
@@ -464,14 +506,9 @@ impl Export {
         if !granularity.is_power_of_two() {
             return Err(PyValueError::new_err("granularity is not a power of two"));
         }
-        let log = Arc::new(export::DirtyLog::new(
-            self.export.size.load(Relaxed),
-            granularity,
-        ));
-        self.export.add_log(log.clone());
         Ok(DirtyLog {
             export: self.export.clone(),
-            log,
+            log: self.export.new_log(granularity),
         })
     }
 
@@ -598,6 +635,33 @@ impl Fault {
 
 // -- handshakes --------------------------------------------------------------------------------------------------
 
+/// A connection, for as long as one likes; see the stub.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct Client {
+    client: Arc<client::Client>,
+}
+
+#[pymethods]
+impl Client {
+    #[getter]
+    fn peer(&self) -> &str {
+        &self.client.peer
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = &self.client.counters;
+        let dict = PyDict::new(py);
+        dict.set_item("requests", counters.requests.load(Relaxed))?;
+        dict.set_item("bytes_read", counters.bytes_read.load(Relaxed))?;
+        dict.set_item("bytes_written", counters.bytes_written.load(Relaxed))?;
+        Ok(dict)
+    }
+
+    fn disconnect(&self) {
+        self.client.disconnect();
+    }
+}
+
 /// Something that a connection in its handshake has sent; see the stub.
 #[pyclass(frozen, module = "nbdserver._engine")]
 struct Event {
@@ -616,7 +680,7 @@ impl Event {
     #[getter]
     fn kind(&self) -> &'static str {
         match self.event.said {
-            Said::Open { .. } => "open",
+            Said::Open(_) => "open",
             Said::Flags(_) => "flags",
             Said::Option { .. } => "option",
             Said::Oversized { .. } => "oversized",
@@ -624,10 +688,13 @@ impl Event {
         }
     }
 
+    /// Who has connected.
     #[getter]
-    fn peer(&self) -> Option<&str> {
+    fn client(&self) -> Option<Client> {
         match &self.event.said {
-            Said::Open { peer } => Some(peer),
+            Said::Open(client) => Some(Client {
+                client: client.clone(),
+            }),
             _ => None,
         }
     }
@@ -637,7 +704,7 @@ impl Event {
     fn code(&self) -> u32 {
         match self.event.said {
             Said::Flags(code) | Said::Option { code, .. } | Said::Oversized { code, .. } => code,
-            Said::Open { .. } | Said::Closed => 0,
+            Said::Open(_) | Said::Closed => 0,
         }
     }
 
@@ -845,11 +912,19 @@ impl Engine {
             .collect())
     }
 
-    fn start(&self, listeners: Vec<RawFd>) -> PyResult<()> {
-        let listeners = listeners.into_iter().map(owned).collect();
+    fn start(&self) -> PyResult<()> {
         self.engine
-            .start(listeners)
+            .start()
             .map_err(|error| PyOSError::new_err(error.0))
+    }
+
+    fn listen(&self, listener: RawFd) -> PyResult<u32> {
+        let number = self.engine.listen(owned(listener));
+        number.ok_or_else(|| PyRuntimeError::new_err("the engine is not running"))
+    }
+
+    fn unlisten(&self, py: Python<'_>, number: u32) {
+        py.detach(|| self.engine.unlisten(number));
     }
 
     fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
@@ -916,7 +991,9 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Meter>()?;
     module.add_class::<Export>()?;
     module.add_class::<DirtyLog>()?;
+    module.add_class::<Running>()?;
     module.add_class::<Fault>()?;
+    module.add_class::<Client>()?;
     module.add_class::<Event>()?;
     module.add_class::<Slot>()?;
     module.add_class::<Stop>()?;

@@ -1,7 +1,8 @@
-//! Accepting: one thread for all listeners; connections go to the worker that has the fewest.
+//! Accepting: one thread for all listeners, which come and go; connections go to the worker that has the fewest.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,46 +21,98 @@ const CONNECTIONS_MAX: usize = 4096;
 /// The default send buffer stalls large replies.
 const SEND_BUFFER: usize = 2 << 20;
 
+/// What the accepting thread is told.
+enum Order {
+    Add(u32, OwnedFd),
+    /// Close the listener of that number; `Sender` is dropped when that is done.
+    Remove(u32, Sender<()>),
+    Stop,
+}
+
 pub struct Acceptor {
-    stop: Arc<OwnedFd>,
+    orders: Mutex<Orders>,
+    ordered: Arc<OwnedFd>,
     handle: JoinHandle<()>,
 }
 
+struct Orders {
+    sender: Sender<Order>,
+    /// The number of the next listener. Numbers are never used again.
+    next: u32,
+}
+
 impl Acceptor {
-    pub fn start(engine: Arc<Engine>, listeners: Vec<OwnedFd>) -> std::io::Result<Acceptor> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        let stopped = stop.clone();
+    pub fn start(engine: Arc<Engine>) -> std::io::Result<Acceptor> {
+        let ordered = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let (sender, orders) = channel();
+        let waker = ordered.clone();
         let handle = std::thread::Builder::new()
             .name("nbd-accept".into())
-            .spawn(move || accept_all(&engine, &listeners, &stopped))?;
-        Ok(Acceptor { stop, handle })
+            .spawn(move || accept_all(&engine, &orders, &waker))?;
+        Ok(Acceptor {
+            orders: Mutex::new(Orders { sender, next: 0 }),
+            ordered,
+            handle,
+        })
+    }
+
+    /// Accept on a listener from now on; its number.
+    pub fn add(&self, listener: OwnedFd) -> u32 {
+        let mut orders = self.orders.lock().unwrap();
+        let number = orders.next;
+        orders.next += 1;
+        self.order(&orders, Order::Add(number, listener));
+        number
+    }
+
+    /// Accept no more on a listener; it is closed when this returns. What it has accepted stays.
+    pub fn remove(&self, number: u32) {
+        let (closed, wait) = channel();
+        self.order(&self.orders.lock().unwrap(), Order::Remove(number, closed));
+        // An error says that the sender has been dropped, which is what is waited for.
+        let _ = wait.recv();
     }
 
     /// Close the listeners; what has been accepted stays.
     pub fn stop(self) {
-        rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("an eventfd takes a one");
+        self.order(&self.orders.lock().unwrap(), Order::Stop);
         self.handle.join().expect("the accepting thread panicked");
+    }
+
+    fn order(&self, orders: &Orders, order: Order) {
+        orders
+            .sender
+            .send(order)
+            .expect("the accepting thread takes orders until it is stopped");
+        rustix::io::write(&self.ordered, &1u64.to_ne_bytes()).expect("an eventfd takes a one");
     }
 }
 
-fn accept_all(engine: &Engine, listeners: &[OwnedFd], stop: &OwnedFd) {
+fn accept_all(engine: &Engine, orders: &Receiver<Order>, ordered: &OwnedFd) {
     let connections_max = connections_max();
+    let mut listeners: Vec<(u32, OwnedFd)> = Vec::new();
     loop {
         let mut fds: Vec<PollFd<'_>> = listeners
             .iter()
-            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .map(|(_, fd)| PollFd::new(fd, PollFlags::IN))
             .collect();
-        fds.push(PollFd::new(stop, PollFlags::IN));
+        fds.push(PollFd::new(ordered, PollFlags::IN));
         match poll(&mut fds, None) {
             Err(Errno::INTR) => continue,
             result => result.expect("poll on descriptors that are open"),
         };
-        if !fds[listeners.len()].revents().is_empty() {
-            return;
-        }
-        for (listener, polled) in listeners.iter().zip(&fds) {
+        for ((_, listener), polled) in listeners.iter().zip(&fds) {
             if !polled.revents().is_empty() {
                 accept_one(engine, listener, connections_max);
+            }
+        }
+        // The counter only wakes: that it was read already is no error.
+        let _ = rustix::io::read(ordered, &mut [0; 8]);
+        for order in orders.try_iter() {
+            match order {
+                Order::Add(number, listener) => listeners.push((number, listener)),
+                Order::Remove(number, _closed) => listeners.retain(|(other, _)| *other != number),
+                Order::Stop => return,
             }
         }
     }

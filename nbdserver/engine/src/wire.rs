@@ -231,7 +231,7 @@ pub fn judge(header: &Header, rules: &Rules) -> Verdict {
     }
 }
 
-type Refusal = Option<(u32, &'static str)>;
+pub type Refusal = Option<(u32, &'static str)>;
 
 fn refusal(header: &Header, rules: &Rules) -> Refusal {
     use command::{BLOCK_STATUS, CACHE, DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES};
@@ -275,12 +275,20 @@ fn bad_flush(header: &Header) -> Refusal {
     reserved.then_some((error::EINVAL, "offset and length of a flush must be 0"))
 }
 
-fn bad_range(header: &Header, rules: &Rules) -> Refusal {
+/// Why a request of this range is refused of an export of `size` bytes.
+pub fn past_end(header: &Header, size: u64) -> Refusal {
     let end = header.offset.checked_add(header.length);
-    if end.is_none_or(|end| end > rules.size) {
-        let grows = matches!(header.command, command::WRITE | command::WRITE_ZEROES);
-        let error = if grows { error::ENOSPC } else { error::EINVAL };
-        return Some((error, "the range ends past the end of the export"));
+    if end.is_some_and(|end| end <= size) {
+        return None;
+    }
+    let grows = matches!(header.command, command::WRITE | command::WRITE_ZEROES);
+    let error = if grows { error::ENOSPC } else { error::EINVAL };
+    Some((error, "the range ends past the end of the export"))
+}
+
+fn bad_range(header: &Header, rules: &Rules) -> Refusal {
+    if let Some(refusal) = past_end(header, rules.size) {
+        return Some(refusal);
     }
     let block = u64::from(rules.block_min.max(1));
     let unaligned = !(header.offset | header.length).is_multiple_of(block);

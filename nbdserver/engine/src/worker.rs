@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use crate::client::Client;
 use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
 use crate::engine::Engine;
 use crate::export::{Place, count};
@@ -63,6 +64,8 @@ pub enum Message {
     Reply(Reply),
     Action(u64, Action),
     Forget(FileId, Arc<Latch>),
+    /// Close the connection with this token.
+    Disconnect(u64),
     Wake,
     /// The pool is used up.
     Short,
@@ -290,11 +293,13 @@ impl Worker {
         });
         self.used += 1;
         let token = self.used << PLACE_BITS | place as u64;
+        let client = Client::new(peer, self.inbox.clone(), token);
         let mut outgoing = Outgoing::default();
         outgoing.bytes(GREETING.to_vec());
         let connection = Connection {
             socket,
             token,
+            client: client.clone(),
             phase: Phase::Flags,
             deadline: Instant::now() + self.engine.handshake_timeout,
             input: Vec::new(),
@@ -320,7 +325,7 @@ impl Worker {
         }
         self.engine.connections.fetch_add(1, Relaxed);
         self.open += 1;
-        self.tell(token, Said::Open { peer });
+        self.tell(token, Said::Open(client));
         self.put_back(Box::new(connection));
     }
 
@@ -617,11 +622,8 @@ impl Worker {
                 named = Some(ids);
             }
         }
-        if export.writethrough {
-            header.flags |= wire::flag::FUA;
-        }
         let rules = Rules {
-            size: export.size.load(Relaxed),
+            size: export.size(),
             read_only: export.read_only,
             payload_max: PAYLOAD_MAX,
             block_min: 1,
@@ -740,7 +742,7 @@ impl Worker {
     fn begin(
         &mut self,
         connection: &mut Connection,
-        header: Header,
+        mut header: Header,
         vector: Vector,
         named: Option<Vec<u32>>,
     ) {
@@ -756,6 +758,11 @@ impl Worker {
             }
             return;
         };
+        // From here on the export's size stays what it is, and whether its writes go through.
+        if export.writethrough.load(Relaxed) {
+            header.flags |= wire::flag::FUA;
+        }
+        let past_end = wire::past_end(&header, export.size());
         let request = Request {
             header,
             export: export.clone(),
@@ -766,7 +773,19 @@ impl Worker {
             charged: 0,
             _running: running,
         };
+        if let Some((errno, why)) = past_end {
+            // It was within the disk when it came, and has waited since.
+            let failure = Failure {
+                errno: errno as i32,
+                message: why.to_owned(),
+            };
+            connection
+                .outgoing
+                .reply(request.reply(Err(failure)), &mut self.head);
+            return;
+        }
         count_request(&request);
+        connection.client.began(&request.header);
         if let Began::Answered(reply) = self.start(request) {
             connection.outgoing.reply(reply, &mut self.head);
         }
@@ -961,6 +980,11 @@ impl Worker {
                         ring.forget(file);
                     }
                     drop(latch);
+                }
+                Message::Disconnect(token) => {
+                    if let Some(connection) = self.take_out(token) {
+                        self.close(connection);
+                    }
                 }
                 Message::Wake => self.wake(),
                 Message::Short => self.short = true,

@@ -1,0 +1,50 @@
+//! A connection as others than its worker see it: who it is, what it has asked for, and the way to end it.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use crate::export::count;
+use crate::wire::{Header, command};
+use crate::worker::{Inbox, Message};
+
+/// What one connection has asked for: requests that were begun, and the bytes of its reads and writes.
+#[derive(Default)]
+pub struct Counters {
+    pub requests: AtomicU64,
+    pub bytes_read: AtomicU64,
+    pub bytes_written: AtomicU64,
+}
+
+pub struct Client {
+    /// Its address, in words.
+    pub peer: String,
+    pub counters: Counters,
+    inbox: Arc<Inbox>,
+    token: u64,
+}
+
+impl Client {
+    pub fn new(peer: String, inbox: Arc<Inbox>, token: u64) -> Arc<Client> {
+        Arc::new(Client {
+            peer,
+            counters: Counters::default(),
+            inbox,
+            token,
+        })
+    }
+
+    /// A request of this connection's has begun.
+    pub fn began(&self, header: &Header) {
+        count(&self.counters.requests, 1);
+        match header.command {
+            command::READ => count(&self.counters.bytes_read, header.length),
+            command::WRITE => count(&self.counters.bytes_written, header.length),
+            _ => {}
+        }
+    }
+
+    /// Close the connection, whatever it is doing. What it has asked for and is running goes on, unanswered.
+    pub fn disconnect(&self) {
+        self.inbox.send(Message::Disconnect(self.token));
+    }
+}
