@@ -20,6 +20,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `header`        what is read, what is refused `survey`      checks before the first write
 `storage`       the file                      `compression` decompressing
 `create`        new images                    `compose`     the first cluster, taken apart and put together
+`measure`       how large an image would be
 =============== ====================================================================================
 
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:

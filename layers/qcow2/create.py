@@ -95,6 +95,14 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Raise ConfigError for what no image can have, alone or together."""
+    check_geometry(options)
+    _check_names(options)
+    if options.encrypt_format is not None:
+        raise ConfigError("encrypted images cannot be made yet", key="encrypt.format")
+
+
+def check_geometry(options: Options) -> None:
+    """The part of `check_options` that has to do with sizes and the version."""
     cluster_size, is_old = options.cluster_size, options.version < 3
     if not _is_power(cluster_size, 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX):
         raise ConfigError(
@@ -119,9 +127,6 @@ def check_options(options: Options) -> None:
             f"found {cluster_size}, but extended L2 entries need clusters of at least {subclusters_min} bytes",
             key="cluster_size",
         )
-    _check_names(options)
-    if options.encrypt_format is not None:
-        raise ConfigError("encrypted images cannot be made yet", key="encrypt.format")
 
 
 def _check_names(options: Options) -> None:

@@ -14,6 +14,7 @@ from layers.qcow2.create import Options, make_image
 from layers.qcow2.header import Header, check_writable, read_header
 from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
+from layers.qcow2.measure import measure
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
@@ -22,7 +23,7 @@ from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
 from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
-from nbdserver.format import MapEntry, Progress, no_progress
+from nbdserver.format import MapEntry, Measure, Progress, no_progress
 from nbdserver.graph import attach, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
@@ -75,6 +76,11 @@ class Qcow2(Layer):
     ) -> None:
         """Make an empty image of ``size`` bytes in ``file`` (see `nbdserver.format.Creates`)."""
         make_image(reach(file), size, options, progress)
+
+    @classmethod
+    def measure(cls, size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+        """How large would the file be (see `nbdserver.format.Creates`)?"""
+        return measure(size, options, allocated)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

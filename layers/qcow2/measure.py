@@ -1,0 +1,55 @@
+"""How large an image would be: what ``qemu-img measure`` says, by the same reckoning.
+
+All tables are counted as for a disk that is full: the required size is too large by the tables that an emptier disk
+does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from layers.qcow2.create import Options, check_geometry, refcount_clusters
+from layers.qcow2.limits import L1_TABLE_MAX
+from nbdserver.errors import ConfigError
+from nbdserver.format import Measure
+
+
+def measure(size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+    """See `nbdserver.format.Creates.measure`.
+
+    With a backing file, all of the disk counts as soon as anything is allocated: nobody knows what of it the backing
+    file has too.
+    """
+    check_geometry(options)
+    cluster_size = options.cluster_size
+    entry_size = 16 if options.extended_l2 else 8
+    clusters = _up(size, cluster_size)
+    l2_tables = _up(clusters * entry_size, cluster_size)
+    if size < 0 or l2_tables * 8 > L1_TABLE_MAX:
+        raise ConfigError(
+            f"found {size}, but with clusters of {cluster_size} bytes a disk has at most "
+            f"{L1_TABLE_MAX // 8 * (cluster_size // entry_size) * cluster_size} (try a larger cluster size)",
+            key="size",
+        )
+    others = 1 + l2_tables + _up(l2_tables * 8, cluster_size) + clusters
+    full = others + sum(refcount_clusters(others, cluster_size, options.refcount_bits))
+    if options.preallocation in ("falloc", "full"):
+        used = clusters
+    else:
+        used = _touched(allocated, cluster_size)
+        used = clusters if used and options.backing_file is not None else used
+    return Measure((full - clusters + used) * cluster_size, full * cluster_size)
+
+
+def _touched(ranges: Iterable[tuple[int, int]], cluster_size: int) -> int:
+    """How many clusters the ranges, which ascend, touch."""
+    count = behind = 0
+    for offset, length in ranges:
+        first, stop = max(offset // cluster_size, behind), _up(offset + length, cluster_size)
+        if length and first < stop:
+            count, behind = count + stop - first, stop
+    return count
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit)
