@@ -241,6 +241,18 @@ class Engine:
     def pool_region(self) -> tuple[int, int]:
         """(address, length) of the registered part of the pool; nothing is registered where the length is 0."""
 
+    @property
+    def pool_pages(self) -> tuple[str, int]:
+        """The kind of pages that the pool is on ("normal", "transparent" or "hugetlb"), and how many bytes are on huge
+        ones now."""
+
+    @property
+    def unregistered(self) -> int | None:
+        """The errno with which the kernel refused to register all of the pool with the rings; None if it did not."""
+
+    def operations(self) -> dict[str, int]:
+        """What the kernel has been given to do through all rings: read, write, read_fixed, write_fixed."""
+
     def add_transform(self, cipher: str, key: bytes, sector_size: int) -> int:
         """The number of a new transform. ValueError if there is none such."""
 

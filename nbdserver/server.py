@@ -46,6 +46,7 @@ from nbdserver.limits import (
 )
 from nbdserver.listening import Listener, bind
 from nbdserver.offers import KEEP, Client, Keep, Offers
+from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
 from nbdserver.uri import parse_listen
 
@@ -324,6 +325,9 @@ class Server:
         self._roots = tuple(roots)
         self._log = log if log is not None else _log.info
         workers = workers if workers is not None else min(os.cpu_count() or 1, WORKERS_MAX)
+        # Every image takes two descriptors, every client one; registered memory is locked memory.
+        raise_limit(resource.RLIMIT_NOFILE)
+        raise_limit(resource.RLIMIT_MEMLOCK)
         try:
             self._engine = _engine.Engine(
                 workers=workers,
@@ -336,7 +340,6 @@ class Server:
         except (OSError, ValueError) as error:
             raise ConfigError(f"the engine cannot start: {error}") from error
         add_region(self)
-        _raise_descriptor_limit()
         self._fault_threads_count = fault_threads
         self._effects = Effects(self._engine)
         self._graph = Graph()
@@ -545,6 +548,7 @@ class Server:
             undo.pop_all()
         refused = self._engine.refused
         self._log(f"backend: {self._engine.backend}" + (f" ({refused})" if refused else ""))
+        self._log(f"buffer pool: {self.pool}")
 
     def _spawn(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -598,16 +602,27 @@ class Server:
         """`request.Region`: the part of the pool that is registered."""
         return self._engine.pool_region
 
+    @property
+    def pool(self) -> Pool:
+        """The buffer pool as it is now."""
+        pages, huge = self._engine.pool_pages
+        _, registered = self._engine.pool_region
+        wanted = self._engine.refused is None
+        return Pool(self._engine.pool_size, registered if wanted else None, pages, huge, self._engine.unregistered)
+
     def stats(self) -> dict[str, Any]:
         """Counters: of the engine, and of every export by name (``faults`` are requests that needed a fault thread,
         ``*_calls`` calls into Python, ``hits`` requests that the engine answered alone). Of an export, also ``layers``
         by the roles that lead to them ("/" is the root; `layer.BufferCounters`), and ``files`` by their names
-        (``fixed``: reads and writes on registered buffers). Of every client, what it has asked for."""
+        (``fixed``: reads and writes on registered buffers). Of the ``pool``, in bytes, its size, what is free, what is
+        registered and what lies on ``huge`` pages now, and the kind of its ``pages`` (normal, transparent or hugetlb).
+        ``ring``: the operations that the kernel was given through rings. Of every client, what it has asked for."""
         exports = {name: export.counters() for name, export in list(self.exports.items())}
         return {
             "backend": self._engine.backend,
             "connections": self._engine.connections,
-            "pool": {"size": self._engine.pool_size, "free": self._engine.pool_free},
+            "pool": {**self.pool.counts(), "free": self._engine.pool_free},
+            "ring": self._engine.operations(),
             "exports": exports,
             "clients": [client.describe() for client in self.clients],
         }
@@ -707,10 +722,3 @@ class Server:
             except Exception as error:
                 _log.exception("a layer of export %r failed", self._by_id[fault.export].name)
                 fault.fail(errno.EIO, f"{type(error).__name__} in a layer")
-
-
-def _raise_descriptor_limit() -> None:
-    """Let the process have as many descriptors as it may: every image takes two, every client one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

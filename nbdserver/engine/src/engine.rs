@@ -9,6 +9,9 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
 use crate::export::Export;
 use crate::extents::FileId;
 use crate::fault::Faults;
@@ -17,13 +20,17 @@ use crate::handshake::Handshakes;
 use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::record::Recorder;
-use crate::ring::{Ring, SyncRings};
+use crate::register::register_pool;
+use crate::ring::{Operations, Ring, SyncRings};
 use crate::server::Acceptor;
 use crate::threads::Threads;
 use crate::transform::Transform;
 use crate::users::Users;
 use crate::worker::{Inbox, Latch, Message, Worker};
 
+/// Submission entries of a worker's ring: more operations wait in the worker. Each entry is some 100 bytes of memory that
+/// may count against RLIMIT_MEMLOCK.
+const RING_ENTRIES: [u32; 3] = [256, 64, 16];
 /// Shards of `Users` for threads that are not workers.
 const OTHER_SHARDS: usize = 8;
 
@@ -111,6 +118,10 @@ pub struct Engine {
     pub handshake_timeout: Duration,
     /// Why there is no io_uring, if there is none.
     pub refused: Option<String>,
+    /// Why not all of the pool is registered, if it is not though there is io_uring.
+    pub unregistered: Option<Errno>,
+    /// What all rings have been given to do.
+    pub ops: Arc<Operations>,
     /// Bytes of replies that had to leave the pool, over all connections.
     pub spilled: Arc<AtomicUsize>,
     /// Connections open now.
@@ -141,18 +152,25 @@ impl Engine {
                     .map_err(|error| said("the I/O recorder", &error))?,
             )),
         };
-        let mut rings = Vec::new();
-        let mut refused = None;
-        if settings.backend == Backend::Threads {
-            refused = Some("the thread backend was asked for".to_owned());
-        } else if let Err((what, error)) = make_rings(&pool, settings.workers + 1, &mut rings) {
-            if settings.backend == Backend::IoUring {
-                return Err(said(what, &error));
-            }
-            refused = Some(format!("{what}: {error}"));
-            rings.clear();
-        }
-        pool.set_registered(if refused.is_none() { pool.size() } else { 0 });
+        let ops = Arc::new(Operations::default());
+        let (mut rings, refused) = match settings.backend {
+            Backend::Threads => (
+                Vec::new(),
+                Some("the thread backend was asked for".to_owned()),
+            ),
+            backend => match make_rings(settings.workers + 1, &ops) {
+                Ok(rings) => (rings, None),
+                Err(error) if backend == Backend::IoUring => {
+                    return Err(said("io_uring", &format!("{error}{}", hint(&error))));
+                }
+                Err(error) => (
+                    Vec::new(),
+                    Some(format!("io_uring: {error}{}", hint(&error))),
+                ),
+            },
+        };
+        let registered = register_pool(&rings, &pool);
+        pool.set_registered(registered.bytes);
         let threads = Threads::start().map_err(|error| said("starting threads", &error))?;
         let sync_rings = rings
             .pop()
@@ -170,6 +188,8 @@ impl Engine {
             threads,
             handshake_timeout: settings.handshake_timeout,
             refused,
+            unregistered: registered.refused,
+            ops,
             spilled: Arc::default(),
             connections: AtomicUsize::new(0),
             recorder,
@@ -246,7 +266,7 @@ impl Engine {
         name: String,
         read_only: bool,
         mode: Mode,
-    ) -> Result<Arc<File>, rustix::io::Errno> {
+    ) -> Result<Arc<File>, Errno> {
         let id = self.files.next.fetch_add(1, Relaxed);
         let means = Means {
             direct: mode.direct,
@@ -286,14 +306,30 @@ impl Engine {
     }
 }
 
-fn make_rings(
-    pool: &Pool,
-    count: usize,
-    rings: &mut Vec<Ring>,
-) -> Result<(), (&'static str, std::io::Error)> {
-    for _ in 0..count {
-        let ring = Ring::new(pool, rings.first())?;
-        rings.push(ring);
+/// Rings, all alike: smaller ones where the kernel has not the memory for longer ones.
+fn make_rings(count: usize, ops: &Arc<Operations>) -> std::io::Result<Vec<Ring>> {
+    let make = |entries| {
+        (0..count)
+            .map(|_| Ring::new(entries, ops.clone()))
+            .collect()
+    };
+    let mut made: std::io::Result<Vec<Ring>> = make(RING_ENTRIES[0]);
+    for entries in &RING_ENTRIES[1..] {
+        match &made {
+            Err(error) if Errno::from_io_error(error) == Some(Errno::NOMEM) => {}
+            _ => break,
+        }
+        made = make(*entries);
     }
-    Ok(())
+    made
+}
+
+/// Since Linux 6.14 rings are memory that is locked.
+fn hint(error: &std::io::Error) -> String {
+    match getrlimit(Resource::Memlock).current {
+        Some(limit) if Errno::from_io_error(error) == Some(Errno::NOMEM) => {
+            format!("; RLIMIT_MEMLOCK is {limit}")
+        }
+        _ => String::new(),
+    }
 }

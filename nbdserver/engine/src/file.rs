@@ -207,9 +207,10 @@ impl File {
             .expect("bytes to transfer");
         if let (Some(_), Some(rings)) = (self.direct, &self.means.rings)
             && slot.registration().is_some()
+            && let Some(done) = rings.transfer(write, self.fd.as_fd(), slot, part, offset)
         {
             self.counters.fixed.fetch_add(1, Relaxed);
-            return rings.transfer(write, self.fd.as_fd(), slot, part, offset);
+            return done;
         }
         self.counters.plain.fetch_add(1, Relaxed);
         if write {

@@ -1,5 +1,6 @@
 //! The engine of nbdserver: it moves bytes. What they mean is decided in Python; this is the only file that knows Python.
 
+mod buddies;
 mod client;
 mod connection;
 mod direct;
@@ -15,6 +16,8 @@ mod pool;
 #[cfg(test)]
 mod random;
 mod record;
+mod region;
+mod register;
 mod request;
 mod ring;
 mod serial;
@@ -841,6 +844,28 @@ impl Engine {
     fn pool_region(&self) -> (usize, usize) {
         let (address, _) = self.engine.pool.as_region();
         (address.addr(), self.engine.pool.registered())
+    }
+
+    /// The kind of pages that the pool is on, and how many bytes are on huge ones now.
+    #[getter]
+    fn pool_pages(&self) -> (&'static str, usize) {
+        self.engine.pool.page_kind()
+    }
+
+    /// The errno with which the kernel refused to register all of the pool, or None.
+    #[getter]
+    fn unregistered(&self) -> Option<i32> {
+        self.engine.unregistered.map(Errno::raw_os_error)
+    }
+
+    fn operations<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let ops = &self.engine.ops;
+        let dict = PyDict::new(py);
+        dict.set_item("read", ops.read.load(Relaxed))?;
+        dict.set_item("write", ops.write.load(Relaxed))?;
+        dict.set_item("read_fixed", ops.read_fixed.load(Relaxed))?;
+        dict.set_item("write_fixed", ops.write_fixed.load(Relaxed))?;
+        Ok(dict)
     }
 
     /// The number of a new transform, for extents.

@@ -6,6 +6,10 @@
 //! slot      one to 512 pages of one block               what a request owns; freed by dropping
 //! ```
 //!
+//! Where the kernel registers only the first part of the region (RLIMIT_MEMLOCK), memory is taken
+//! from that part as long as all of a request fits there, and else, if it can be, from the other: a
+//! request is registered when all of its memory is.
+//!
 //! A slot has exactly the pages it needs: what a power of two is too long by goes back at once. As
 //! long as there is room in one piece, memory of up to 2 MiB is one slot; when the pool is
 //! fragmented it is several smaller ones. So whether a length fits is a question of how much is
@@ -22,15 +26,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-#[cfg(test)]
-use std::os::fd::AsFd;
-use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use crate::buddies::{Buddies, Zone};
+use crate::region::Region;
 
 /// The unit of allocation: a page, and the alignment that direct I/O never finds too small.
 pub const PAGE: usize = 4096;
@@ -45,21 +48,14 @@ const RESERVE: usize = 8;
 /// requests.
 pub const ORDINARY_MAX: usize = 64 << 20;
 
-const BLOCK_PAGES: usize = BLOCK / PAGE;
-
-/// Orders of the buddy tree: 1, 2, 4, ... 512 pages.
-const ORDERS: usize = BLOCK_PAGES.ilog2() as usize + 1;
-
 /// Numbers the pools of this process.
 static POOLS: AtomicU32 = AtomicU32::new(0);
 
 /// The pool. It lives until its last slot is dropped.
 pub struct Pool {
     id: u32,
-    memory: NonNull<u8>,
     pages: usize,
-    /// Kept for whoever will share the memory.
-    _memfd: OwnedFd,
+    region: Region,
     /// Bytes from the begin of the region that are registered with the kernel.
     registered: AtomicUsize,
     state: Mutex<State>,
@@ -95,15 +91,13 @@ impl Pool {
             .checked_next_multiple_of(BLOCK)
             .ok_or_else(too_large)?;
         let pages = u32::try_from(size / PAGE).map_err(|_| too_large())? as usize;
-        let memfd = create_memfd(size)?;
         Ok(Arc::new(Pool {
             id: POOLS.fetch_add(1, Relaxed),
-            memory: map(&memfd, size)?,
             pages,
-            _memfd: memfd,
+            region: Region::new(size)?,
             registered: AtomicUsize::new(size),
             state: Mutex::new(State {
-                buddies: Buddies::new(pages),
+                buddies: Buddies::new(pages, pages),
                 ordinary: 0,
                 queue: VecDeque::new(),
             }),
@@ -117,27 +111,36 @@ impl Pool {
 
     /// The whole region, for registering it: address and size.
     pub fn as_region(&self) -> (*mut u8, usize) {
-        (self.memory.as_ptr(), self.size())
-    }
-
-    #[cfg(test)]
-    fn memfd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self._memfd.as_fd()
+        (self.region.as_ptr(), self.size())
     }
 
     pub fn size(&self) -> usize {
-        self.pages * PAGE
+        self.region.size()
+    }
+
+    /// See `Region::about_to_pin`.
+    pub fn about_to_register(&self, bytes: usize) {
+        self.region.about_to_pin(bytes);
+    }
+
+    /// What kind of pages it is on, and how many bytes are on huge ones now.
+    pub fn page_kind(&self) -> (&'static str, usize) {
+        self.region.pages()
     }
 
     /// What is free, the reserve included.
     pub fn free_bytes(&self) -> usize {
-        self.lock().buddies.free_pages * PAGE
+        self.lock().buddies.free() * PAGE
     }
 
     /// Only the first `bytes` of the region are registered (0: nothing is, the flag is never set).
-    /// A pool begins as registered throughout.
+    /// A pool begins as registered throughout. Asserts that none of it is in use.
     pub fn set_registered(&self, bytes: usize) {
+        let mut state = self.lock();
+        assert_eq!(state.buddies.free(), self.pages, "the pool is in use");
+        state.buddies = Buddies::new(self.pages, bytes / PAGE);
         self.registered.store(bytes, Relaxed);
+        self.region.pinned(bytes);
     }
 
     /// Bytes from the begin of the region that are registered.
@@ -232,25 +235,38 @@ impl Pool {
         length: usize,
         reserve: usize,
     ) -> Option<Vec<Slot>> {
-        if length.div_ceil(PAGE) > state.buddies.free_pages.saturating_sub(reserve) {
+        let wanted = length.div_ceil(PAGE);
+        if wanted > state.buddies.free().saturating_sub(reserve) {
             return None;
         }
+        let (first, other) = if wanted <= state.buddies.free_in(Zone::Registered) {
+            (Zone::Registered, Zone::Plain)
+        } else {
+            (Zone::Plain, Zone::Registered)
+        };
         let mut slots = Vec::with_capacity(length.div_ceil(BLOCK));
         let mut left = length;
         while left > 0 {
-            let (page, pages) = state.buddies.take(left.div_ceil(PAGE));
+            let is_left = state.buddies.free_in(first) > 0;
+            let zone = if is_left { first } else { other };
+            let (page, pages) = state.buddies.take(zone, left.div_ceil(PAGE));
             let length = left.min(pages * PAGE);
             let generation = state.buddies.generations[page];
             slots.push(Slot {
                 pool: Arc::clone(self),
-                // SAFETY: `take` answers pages of the region.
-                memory: unsafe { self.memory.add(page * PAGE) },
+                memory: self.memory_at(page),
                 length,
                 origin: Origin::Pool { page, generation },
             });
             left -= length;
         }
         Some(slots)
+    }
+
+    fn memory_at(&self, page: usize) -> NonNull<u8> {
+        assert!(page < self.pages);
+        let memory = self.region.as_ptr().wrapping_add(page * PAGE);
+        NonNull::new(memory).expect("a mapping is never at 0")
     }
 
     /// Memory that is not the pool's.
@@ -314,14 +330,6 @@ impl Pool {
         if queued {
             self.serve();
         }
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this size, and no slot is left: each holds the pool. An
-        // error would mean that the arguments are wrong, and leaves the memory mapped.
-        let _ = unsafe { munmap(self.memory.as_ptr().cast(), self.size()) };
     }
 }
 
@@ -457,158 +465,6 @@ impl Drop for Slot {
     }
 }
 
-/// The free pages: a buddy tree for each block, its free nodes of each order in a list.
-///
-/// A node is `2^order` pages, aligned to its size, and named by its first page.
-struct Buddies {
-    free_pages: usize,
-    /// The first free node of each order, or NONE.
-    heads: [u32; ORDERS],
-    nodes: Vec<Node>,
-    /// How many slots that began at each page have been freed.
-    generations: Vec<u32>,
-}
-
-/// A page, as the first of a free node.
-#[derive(Clone, Copy)]
-struct Node {
-    /// The free node's order, or NOT_FREE.
-    order: u8,
-    next: u32,
-    previous: u32,
-}
-
-const NONE: u32 = u32::MAX;
-const NOT_FREE: u8 = u8::MAX;
-
-impl Buddies {
-    /// All of `pages` free: a multiple of BLOCK_PAGES, below NONE.
-    fn new(pages: usize) -> Buddies {
-        let mut buddies = Buddies {
-            free_pages: pages,
-            heads: [NONE; ORDERS],
-            nodes: vec![
-                Node {
-                    order: NOT_FREE,
-                    next: NONE,
-                    previous: NONE
-                };
-                pages
-            ],
-            generations: vec![0; pages],
-        };
-        for page in (0..pages).step_by(BLOCK_PAGES).rev() {
-            buddies.link(page, ORDERS - 1);
-        }
-        buddies
-    }
-
-    /// Take `wanted` (at least 1) contiguous pages, at most a block. When there are none in one
-    /// piece it is the longest piece there is. Answers the first page and how many.
-    ///
-    /// There must be a free page.
-    fn take(&mut self, wanted: usize) -> (usize, usize) {
-        let wanted = wanted.min(BLOCK_PAGES);
-        let fitting = wanted.next_power_of_two().ilog2() as usize;
-        let order = (fitting..ORDERS)
-            .chain((0..fitting).rev())
-            .find(|order| self.heads[*order] != NONE)
-            .expect("a page is free");
-        let page = self.heads[order] as usize;
-        self.unlink(page, order);
-        self.free_pages -= 1 << order;
-        let taken = wanted.min(1 << order);
-        self.give(page + taken, (1 << order) - taken);
-        (page, taken)
-    }
-
-    /// Make pages free: of one block, and not free now.
-    fn give(&mut self, mut page: usize, mut pages: usize) {
-        self.free_pages += pages;
-        while pages > 0 {
-            // The largest node that begins here and does not end too late.
-            let order = page.trailing_zeros().min(pages.ilog2()) as usize;
-            self.merge(page, order.min(ORDERS - 1));
-            page += 1 << order;
-            pages -= 1 << order;
-        }
-    }
-
-    /// Add a node to the free ones, together with its buddy if that is free too, and so on.
-    fn merge(&mut self, mut page: usize, mut order: usize) {
-        while order < ORDERS - 1 {
-            let buddy = page ^ (1 << order);
-            if self.nodes[buddy].order as usize != order {
-                break;
-            }
-            self.unlink(buddy, order);
-            page &= buddy;
-            order += 1;
-        }
-        self.link(page, order);
-    }
-
-    fn link(&mut self, page: usize, order: usize) {
-        debug_assert!(self.nodes[page].order == NOT_FREE && page.is_multiple_of(1 << order));
-        let next = self.heads[order];
-        if next != NONE {
-            self.nodes[next as usize].previous = page as u32;
-        }
-        self.nodes[page] = Node {
-            order: order as u8,
-            next,
-            previous: NONE,
-        };
-        self.heads[order] = page as u32;
-    }
-
-    fn unlink(&mut self, page: usize, order: usize) {
-        debug_assert!(self.nodes[page].order as usize == order);
-        let Node { next, previous, .. } = self.nodes[page];
-        if next != NONE {
-            self.nodes[next as usize].previous = previous;
-        }
-        if previous == NONE {
-            self.heads[order] = next;
-        } else {
-            self.nodes[previous as usize].next = next;
-        }
-        self.nodes[page].order = NOT_FREE;
-    }
-}
-
-/// Shared memory of a fixed size: sealed, so that nobody who is handed the descriptor can shrink
-/// it under the mapping.
-fn create_memfd(size: usize) -> io::Result<OwnedFd> {
-    let memfd = memfd_create(
-        "nbdserver-pool",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )?;
-    ftruncate(&memfd, size as u64)?;
-    fcntl_add_seals(
-        &memfd,
-        SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
-    Ok(memfd)
-}
-
-/// Map all of it. Huge pages would be asked for here and in `create_memfd`.
-fn map(memfd: &OwnedFd, size: usize) -> io::Result<NonNull<u8>> {
-    let protection = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a new mapping, at an address of the kernel's choice, of memory that nobody shrinks.
-    let memory = unsafe {
-        mmap(
-            std::ptr::null_mut(),
-            size,
-            protection,
-            MapFlags::SHARED,
-            memfd,
-            0,
-        )
-    }?;
-    NonNull::new(memory.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-}
-
 /// Memory that is not the pool's: zeroes until it is touched.
 fn map_ordinary(size: usize) -> io::Result<NonNull<u8>> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
@@ -652,13 +508,7 @@ mod tests {
         assert_eq!(pool.free_bytes(), pool.size());
         let state = pool.lock();
         assert_eq!(state.ordinary, 0);
-        assert_eq!(state.buddies.heads[..ORDERS - 1], [NONE; ORDERS - 1]);
-        let nodes = state
-            .buddies
-            .nodes
-            .iter()
-            .filter(|node| node.order != NOT_FREE);
-        assert_eq!(nodes.count(), pool.pages / BLOCK_PAGES);
+        state.buddies.check_whole();
     }
 
     /// A waker that counts.
@@ -736,11 +586,14 @@ mod tests {
         assert_eq!((base.wrapping_add(offset), size), (slot.as_ptr(), BLOCK));
         let mut read = [0; 5000];
         assert_eq!(
-            rustix::io::pread(pool.memfd(), &mut read, offset as u64),
+            rustix::io::pread(pool.region.memfd(), &mut read, offset as u64),
             Ok(5000)
         );
         assert_eq!(read, *slot.bytes());
-        assert!(ftruncate(pool.memfd(), 0).is_err(), "sealed");
+        assert!(
+            rustix::fs::ftruncate(pool.region.memfd(), 0).is_err(),
+            "sealed"
+        );
     }
 
     #[test]
@@ -802,13 +655,62 @@ mod tests {
     fn only_what_is_registered_says_so() {
         let pool = pool(2 * BLOCK);
         pool.set_registered(BLOCK);
-        let slots = exhaust(&pool);
-        for slot in &slots {
+        for slot in exhaust(&pool) {
             let inside = slot.pool_offset().expect("of the pool") < BLOCK;
             assert_eq!(slot.registration().is_some(), inside);
         }
+        check_whole(&pool);
         pool.set_registered(0);
-        assert!(slots.iter().all(|slot| slot.registration().is_none()));
+        assert!(exhaust(&pool).iter().all(|s| s.registration().is_none()));
+    }
+
+    fn are_registered(slots: &[Slot]) -> bool {
+        slots.iter().all(|slot| slot.registration().is_some())
+    }
+
+    #[test]
+    fn what_is_registered_is_taken_first_and_whole() {
+        let pool = pool(8 * BLOCK);
+        pool.set_registered(5 * PAGE);
+        let first = pool.allocate(3 * PAGE).expect("room");
+        assert!(are_registered(&first));
+        let longer = pool.allocate(3 * PAGE).expect("room");
+        assert!(
+            longer.iter().all(|slot| slot.registration().is_none()),
+            "only two are left"
+        );
+        let rest = pool.allocate(2 * PAGE).expect("room");
+        assert!(are_registered(&rest));
+        drop(first);
+        assert!(are_registered(
+            &pool.allocate_bounce(3 * PAGE).expect("room")
+        ));
+        drop((longer, rest));
+        check_whole(&pool);
+    }
+
+    #[test]
+    fn where_neither_part_suffices_both_do() {
+        let pool = pool(8 * BLOCK);
+        pool.set_registered(BLOCK);
+        let most = pool.allocate(7 * BLOCK - PAGE).expect("the plain part");
+        assert!(most.iter().all(|slot| slot.registration().is_none()));
+        let bounce = pool.allocate_bounce(BLOCK + PAGE).expect("the rest");
+        assert_eq!(
+            bounce.iter().filter(|s| s.registration().is_some()).count(),
+            1
+        );
+        assert_eq!(pool.free_bytes(), 0);
+        drop((most, bounce));
+        check_whole(&pool);
+    }
+
+    #[test]
+    #[should_panic(expected = "in use")]
+    fn what_is_in_use_stays_what_it_is() {
+        let pool = pool(BLOCK);
+        let _slots = pool.allocate(1);
+        pool.set_registered(0);
     }
 
     #[test]

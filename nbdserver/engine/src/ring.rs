@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libc::iovec;
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use crate::extents::FileId;
 use crate::file::{Counters, File};
@@ -18,9 +20,7 @@ use crate::request::{Body, Reply, Request};
 use crate::transfer::{Transfer, finish_read};
 use crate::wire::command;
 
-/// Submission entries: more wait in `queued`.
-const ENTRIES: u32 = 256;
-/// The same of a ring on which one operation runs at a time.
+/// Submission entries of a ring on which one operation runs at a time.
 const SYNC_ENTRIES: u32 = 2;
 /// The kernel refuses a registered buffer larger than this.
 pub const BUFFER_MAX: usize = 1 << 30;
@@ -53,6 +53,7 @@ pub struct Ring {
     free: Vec<usize>,
     queued: VecDeque<squeue::Entry>,
     files: RegisteredFiles,
+    ops: Arc<Operations>,
 }
 
 impl AsFd for Ring {
@@ -63,32 +64,33 @@ impl AsFd for Ring {
 }
 
 impl Ring {
-    /// A ring with the pool registered. `like` is a ring that has registered it already: its registration is cloned,
-    /// so that the pages are counted against RLIMIT_MEMLOCK once.
-    pub fn new(pool: &Pool, like: Option<&Ring>) -> Result<Ring, (&'static str, std::io::Error)> {
-        let ring = IoUring::new(ENTRIES).map_err(|error| ("io_uring_setup", error))?;
-        let cloned = like.is_some_and(|other| {
-            ring.submitter()
-                .register_buffers_clone(other.ring.as_raw_fd())
-                .is_ok()
-        });
-        if !cloned {
-            register(&ring, pool).map_err(|error| ("registering the buffer pool", error))?;
+    /// A ring that has registered nothing yet but a table for files.
+    pub fn new(entries: u32, ops: Arc<Operations>) -> std::io::Result<Ring> {
+        let ring = IoUring::new(entries)?;
+        // It came with the operations on plain buffers (Linux 5.6), and nothing else tells of those.
+        if !ring.params().is_feature_rw_cur_pos() {
+            return Err(Errno::NOSYS.into());
         }
-        ring.submitter()
-            .register_files_sparse(FILES_MAX)
-            .map_err(|error| ("registering files", error))?;
-        let files = RegisteredFiles {
-            places: HashMap::new(),
-            free: (0..FILES_MAX).rev().collect(),
-        };
+        let files = RegisteredFiles::new(&ring);
         Ok(Ring {
             ring,
             flights: Vec::new(),
             free: Vec::new(),
             queued: VecDeque::new(),
             files,
+            ops,
         })
+    }
+
+    /// Register the first `bytes` of the pool, nothing being registered. `like` is a ring that has registered them: its registration is cloned where the kernel can (Linux 6.12), so that the pages are counted against
+    /// RLIMIT_MEMLOCK once.
+    pub fn register(&self, pool: &Pool, bytes: usize, like: Option<&Ring>) -> Result<(), Errno> {
+        register(&self.ring, pool, bytes, like.map(|other| &other.ring))
+    }
+
+    pub fn unregister(&self) {
+        // An error says that nothing was registered.
+        let _ = self.ring.submitter().unregister_buffers();
     }
 
     pub fn is_idle(&self) -> bool {
@@ -168,6 +170,7 @@ impl Ring {
             let Some(entry) = self.queued.pop_front() else {
                 break;
             };
+            self.ops.count(&entry);
             // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the completion has
             // been reaped; so do the file and the place it is in.
             unsafe { queue.push(&entry) }.expect("a submission queue with room");
@@ -291,6 +294,17 @@ impl Flight {
 }
 
 impl RegisteredFiles {
+    /// As many places as the kernel gives: none before Linux 5.19, and no more than the process may have descriptors.
+    fn new(ring: &IoUring) -> RegisteredFiles {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let count = descriptors.min(u64::from(FILES_MAX)) as u32;
+        let given = ring.submitter().register_files_sparse(count).is_ok();
+        RegisteredFiles {
+            places: HashMap::new(),
+            free: (0..if given { count } else { 0 }).rev().collect(),
+        }
+    }
+
     /// Where `file` is registered, registering it at first use; None when there is no room.
     fn place(&mut self, ring: &IoUring, file: &File) -> Target {
         let descriptor = file.as_fd().as_raw_fd();
@@ -351,7 +365,6 @@ fn entry(
 }
 
 fn count(counters: &Counters, write: bool, fixed: bool) {
-    use std::sync::atomic::Ordering::Relaxed;
     let direction = if write {
         &counters.writes
     } else {
@@ -366,24 +379,51 @@ fn count(counters: &Counters, write: bool, fixed: bool) {
     kind.fetch_add(1, Relaxed);
 }
 
+/// Operations handed to the kernel through all rings, by kind: what the counters of the files must come to.
+#[derive(Default)]
+pub struct Operations {
+    pub read: AtomicU64,
+    pub write: AtomicU64,
+    pub read_fixed: AtomicU64,
+    pub write_fixed: AtomicU64,
+}
+
+impl Operations {
+    fn count(&self, entry: &squeue::Entry) {
+        let counter = match entry.get_opcode() as u8 {
+            opcode::Read::CODE => &self.read,
+            opcode::Write::CODE => &self.write,
+            opcode::ReadFixed::CODE => &self.read_fixed,
+            opcode::WriteFixed::CODE => &self.write_fixed,
+            other => unreachable!("operation {other} is none of ours"),
+        };
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
 /// Rings for threads that block: each carries out one operation at a time, on registered buffers too.
 pub struct SyncRings {
     /// A ring that has registered the pool.
     like: Mutex<Ring>,
     idle: Mutex<Vec<IoUring>>,
+    /// The kernel has refused another ring: there are as many as it allows.
+    full: AtomicBool,
     pool: Arc<Pool>,
+    ops: Arc<Operations>,
 }
 
 impl SyncRings {
     pub fn new(like: Ring, pool: Arc<Pool>) -> SyncRings {
         SyncRings {
+            ops: like.ops.clone(),
             like: Mutex::new(like),
             idle: Mutex::default(),
+            full: AtomicBool::new(false),
             pool,
         }
     }
 
-    /// Transfer `range` of a registered slot, blocking: how much was done.
+    /// Transfer `range` of a registered slot, blocking: how much was done. None: there is no ring to be had now.
     pub fn transfer(
         &self,
         write: bool,
@@ -391,29 +431,33 @@ impl SyncRings {
         slot: &Slot,
         range: Range<usize>,
         offset: u64,
-    ) -> Result<usize, Errno> {
+    ) -> Option<Result<usize, Errno>> {
         let idle = self.idle.lock().unwrap().pop();
-        let mut ring = match idle {
-            Some(ring) => ring,
-            None => self.another().map_err(|error| errno_of(&error))?,
-        };
-        let result = transfer_on(&mut ring, write, file, slot, range, offset);
+        let mut ring = idle.or_else(|| self.another())?;
+        let result = transfer_on(&mut ring, &self.ops, write, file, slot, range, offset);
         self.idle.lock().unwrap().push(ring);
-        result
+        Some(result)
     }
 
-    fn another(&self) -> std::io::Result<IoUring> {
-        let ring = IoUring::new(SYNC_ENTRIES)?;
-        let like = self.like.lock().unwrap().ring.as_raw_fd();
-        if ring.submitter().register_buffers_clone(like).is_err() {
-            register(&ring, &self.pool)?;
+    /// A new ring, unless the kernel has refused one before: RLIMIT_MEMLOCK, or the limit on descriptors.
+    fn another(&self) -> Option<IoUring> {
+        if self.full.load(Relaxed) {
+            return None;
         }
-        Ok(ring)
+        let ring = IoUring::new(SYNC_ENTRIES).ok().filter(|ring| {
+            let like = self.like.lock().unwrap();
+            register(ring, &self.pool, self.pool.registered(), Some(&like.ring)).is_ok()
+        });
+        if ring.is_none() {
+            self.full.store(true, Relaxed);
+        }
+        ring
     }
 }
 
 fn transfer_on(
     ring: &mut IoUring,
+    ops: &Operations,
     write: bool,
     file: BorrowedFd<'_>,
     slot: &Slot,
@@ -427,6 +471,7 @@ fn transfer_on(
     let fixed = Some((start / BUFFER_MAX) as u16);
     let entry = entry(write, target, buffer, length, offset, fixed);
     loop {
+        ops.count(&entry);
         // SAFETY: the caller lends file and memory until this returns, which is after the completion has been reaped.
         unsafe { ring.submission().push(&entry) }.expect("an empty submission queue");
         let mut submitted = ring.submit_and_wait(1);
@@ -452,16 +497,30 @@ fn errno_of(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
-/// Register the pool, in entries of at most BUFFER_MAX; entry i begins at i * BUFFER_MAX.
-fn register(ring: &IoUring, pool: &Pool) -> std::io::Result<()> {
+/// Register the first `bytes` of the pool, in entries of at most BUFFER_MAX; entry i begins at i * BUFFER_MAX.
+fn register(
+    ring: &IoUring,
+    pool: &Pool,
+    bytes: usize,
+    like: Option<&IoUring>,
+) -> Result<(), Errno> {
+    if let Some(other) = like
+        && ring
+            .submitter()
+            .register_buffers_clone(other.as_raw_fd())
+            .is_ok()
+    {
+        return Ok(());
+    }
     let (base, size) = pool.as_region();
-    let entries: Vec<iovec> = (0..size)
+    assert!(bytes <= size);
+    let entries: Vec<iovec> = (0..bytes)
         .step_by(BUFFER_MAX)
         .map(|start| iovec {
             iov_base: base.wrapping_add(start).cast(),
-            iov_len: BUFFER_MAX.min(size - start),
+            iov_len: BUFFER_MAX.min(bytes - start),
         })
         .collect();
     // SAFETY: the region is mapped as long as the pool lives, and the engine keeps the pool longer than its rings.
-    unsafe { ring.submitter().register_buffers(&entries) }
+    unsafe { ring.submitter().register_buffers(&entries) }.map_err(|error| errno_of(&error))
 }
