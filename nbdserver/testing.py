@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -92,6 +93,20 @@ class ServerProcess:
     def log(self) -> str:
         """All it has printed so far, over all its runs."""
         return self._log.read_text(errors="replace")
+
+    def stats(self) -> dict[str, Any]:
+        """Its counters now (`Server.stats`), as it prints them on SIGUSR1."""
+        assert self._process is not None, "not running"
+        before = self._log.stat().st_size
+        self._process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + PROCESS_START_TIMEOUT
+        while time.monotonic() < deadline:
+            for line in self._log.read_bytes()[before:].splitlines(keepends=True):
+                if line.startswith(b"{") and line.endswith(b"\n"):
+                    stats: dict[str, Any] = json.loads(line)
+                    return stats
+            time.sleep(0.01)
+        raise RuntimeError(f"the server tells no counters:\n{self.log}")
 
     def kill(self) -> None:
         """Stop it without mercy (SIGKILL). It can be started again."""

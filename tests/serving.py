@@ -60,6 +60,16 @@ def run(*command: str | os.PathLike[str], status: int = 0, timeout: float = 120,
     return output
 
 
+def memlock(limit: int, hard: int | None = None) -> list[str]:
+    """A command that runs another with this RLIMIT_MEMLOCK, and without the right to ignore it."""
+    command = ["prlimit", f"--memlock={limit}:{hard or limit}"]
+    if os.geteuid() == 0:
+        user = 1_000_000 + os.getpid()
+        keep = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+        command += ["setpriv", f"--reuid={user}", "--clear-groups", *keep]
+    return command
+
+
 def run_json(*command: str | os.PathLike[str]) -> Any:
     """Run a tool and parse what it prints to standard output."""
     return json.loads(subprocess.run([os.fspath(word) for word in command], capture_output=True, check=True).stdout)
