@@ -1,7 +1,7 @@
 """The engine: it moves bytes. Written in Rust (nbdserver/engine); used by nbdserver.server alone."""
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Self, final
 
 from nbdserver.request import Vector
 
@@ -186,6 +186,22 @@ class Client:
         """Close it, whatever it is doing. What it has asked for and is running goes on, unanswered."""
 
 @final
+class TlsContext:
+    """What connections begin TLS with. Files are PEM; ``authority`` signs clients' certificates, which are then
+    demanded; ``revoked`` is a list of those that no longer count; ``keys``: pre-shared keys by name.
+    ValueError: a file cannot be used, with its path."""
+
+    def __new__(
+        cls,
+        *,
+        certificate: str | None = None,
+        key: str | None = None,
+        authority: str | None = None,
+        revoked: str | None = None,
+        keys: Mapping[str, bytes] | None = None,
+    ) -> Self: ...
+
+@final
 class Event:
     """What a connection in its handshake has sent. ``kind``: open (see ``client``), flags (``code``), option (``code``,
     ``data``), oversized (``code``, ``length``; the data is gone), closed. After flags, option and oversized exactly one
@@ -203,6 +219,18 @@ class Event:
     def data(self) -> bytes: ...
     @property
     def length(self) -> int: ...
+    @property
+    def secured(self) -> tuple[str | None, str | None, str] | None:
+        """Of "secured": the subject of the client's certificate (RFC 4514), the name of its pre-shared key, and the
+        protocol and cipher."""
+
+    @property
+    def reason(self) -> str | None:
+        """Of "insecure": why TLS could not begin. The connection has ended."""
+
+    def start_tls(self, data: bytes, context: TlsContext) -> None:
+        """Send ``data``, then begin TLS as the server. "secured", "insecure" or "closed" follows."""
+
     def next(self, data: bytes) -> None:
         """Send ``data`` and take the next option."""
 

@@ -1,4 +1,4 @@
-"""The command line: ``nbdserver serve``, ``check-config``, ``list``, ``layers`` and ``explain``.
+"""The command line: ``nbdserver serve``, ``check-config``, ``list``, ``layers``, ``explain`` and ``tls``.
 
 Exit status: 0 when all went well, 1 when something cannot be served (one line on stderr says what), 2 for wrong
 usage. What a program may want to read goes to stdout, everything else to stderr.
@@ -13,9 +13,11 @@ import json
 import os
 import queue
 import re
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
@@ -26,8 +28,10 @@ from nbdserver.config import Config, ExportConfig
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph
+from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
+from nbdserver.tls import TlsConfig
 
 if TYPE_CHECKING:
     from nbdserver.server import Server
@@ -133,6 +137,24 @@ def main() -> None:
     "--pool", callback=_check_pool, metavar="SIZE", help="Memory for payloads, such as 256M.  [default: 128M]"
 )
 @click.option(
+    "--tls",
+    "tls_mode",
+    type=click.Choice(list(TlsMode)),
+    help="Whether clients may, or must, use TLS.  [default: required if certificates or keys are given, else off]",
+)
+@click.option(
+    "--tls-certificates",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Certificates for TLS, laid out as by `nbdserver tls init`. Clients must have one by the same authority.",
+)
+@click.option("--tls-psk", metavar="FILE", type=click.Path(dir_okay=False), help="Pre-shared keys for TLS, NAME:KEY.")
+@click.option(
+    "--tls-verify/--no-tls-verify",
+    default=None,
+    help="Whether clients must have a certificate too.  [default: they must]",
+)
+@click.option(
     "--record",
     metavar="DIR",
     type=click.Path(file_okay=False),
@@ -162,6 +184,10 @@ def serve(
     backend: str | None,
     workers: int | None,
     pool: int | None,
+    tls_mode: str | None,
+    tls_certificates: str | None,
+    tls_psk: str | None,
+    tls_verify: bool | None,
     record: str | None,
     pid_file: str | None,
     as_json: bool,
@@ -193,6 +219,7 @@ def serve(
         listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
         roots=(*wanted.roots, *roots),
         engine=dataclasses.replace(wanted.engine, **given),
+        tls=_tls(wanted.tls, tls_mode, tls_certificates, tls_psk, tls_verify),
     )
     _Service(wanted, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
 
@@ -248,6 +275,47 @@ def layers_() -> None:
         click.echo()
 
 
+@main.group("tls", short_help="Certificates and keys for TLS.")
+def tls_() -> None:
+    """Certificates and keys for TLS."""
+
+
+@tls_.command("init", short_help="Make certificates and keys.")
+@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A name or address by which clients call the server. May be given several times.  "
+    "[default: localhost, 127.0.0.1 and ::1]",
+)
+@click.option("--client", metavar="NAME", default="client", show_default=True, help="The client's name.")
+def tls_init(*, directory: Path, hosts: tuple[str, ...], client: str) -> None:
+    """Make an authority, certificates for a server and a client, and a pre-shared key in DIR.
+
+    The layout is the one that QEMU (tls-creds-x509, tls-creds-psk) and libnbd expect; what is there already is kept.
+    ca-key.pem stays with whoever signs; a client is given ca-cert.pem, client-cert.pem and client-key.pem, or keys.psk.
+    """
+    from nbdserver import tls as files
+
+    for path in files.init(directory, hosts=hosts or ("localhost", "127.0.0.1", "::1"), client=client):
+        click.echo(f"made {path}")
+    shown = shlex.quote(str(directory))
+    host = hosts[0] if hosts else "localhost"
+    click.echo(f"""
+Serve with certificates, or with pre-shared keys:
+  nbdserver serve --tls-certificates {shown} IMAGE
+  nbdserver serve --tls-psk {shown}/{files.PSK} IMAGE
+Clients:
+  nbdinfo 'nbds://{host}/?tls-certificates={directory.absolute()}'
+  nbdinfo 'nbds://{client}@{host}/?tls-psk-file={directory.absolute()}/{files.PSK}'
+  qemu-img info --object tls-creds-x509,id=tls0,dir={shown},endpoint=client \\
+      --image-opts driver=nbd,host={host},port=10809,tls-creds=tls0
+  nbd-client {host} -certfile {shown}/{files.CLIENT_CERT} -keyfile {shown}/{files.CLIENT_KEY} \\
+      -cacertfile {shown}/{files.CA_CERT} /dev/nbd0""")
+
+
 @main.command("explain", short_help="Show the way of a request through an export's layers.")
 @click.argument("source", metavar="CONFIG.toml|IMAGE")
 @click.argument("export", metavar="EXPORT")
@@ -283,6 +351,27 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
 
 
 # -- serving -------------------------------------------------------------------------------------------------------
+
+
+def _tls(
+    wanted: TlsConfig, mode: str | None, certificates: str | None, psk: str | None, verify: bool | None
+) -> TlsConfig:
+    """What the configuration says of TLS, changed by what the options say. Raises click.UsageError."""
+    tls = TlsConfig(
+        wanted.mode,
+        certificates or wanted.certificates,
+        psk or wanted.psk,
+        wanted.verify_clients if verify is None else verify,
+    )
+    if mode is not None:
+        tls = dataclasses.replace(tls, mode=TlsMode(mode))
+    elif certificates is not None or psk is not None:
+        tls = dataclasses.replace(tls, mode=TlsMode.REQUIRED)
+    try:
+        tls.check()
+    except ConfigError as error:
+        raise click.UsageError(f"--tls: {error.message}") from error
+    return tls
 
 
 def _configured(sources: Sequence[str], format: str | None, read_only: bool | None) -> Config:
@@ -328,6 +417,7 @@ class _Service:
                 fault_threads=engine.fault_threads,
                 roots=self._config.roots,
                 record=engine.record,
+                tls=self._config.tls,
                 log=self._log,
             )
             with contextlib.ExitStack() as ending:
@@ -350,11 +440,17 @@ class _Service:
             )
         with _placed(export):
             server.export(
-                export.name, layer, read_only=read_only, description=export.description, default=export.default
+                export.name,
+                layer,
+                read_only=read_only,
+                description=export.description,
+                default=export.default,
+                tls_required=export.tls_required,
             )
         read_only = read_only or layer.read_only
         row = {"name": export.name, "size": layer.size, "format": layer.type, "read_only": read_only}
-        self._served.append({**row, "description": export.description, "default": export.default})
+        tls = export.tls_required or self._config.tls.mode is TlsMode.REQUIRED
+        self._served.append({**row, "description": export.description, "default": export.default, "tls": tls})
         if self._is_verbose:
             self._log(f"export {_in_words(self._served[-1])}")
 
@@ -362,7 +458,8 @@ class _Service:
         """Say on stdout where everything is."""
         for row in self._served:
             names = [row["name"], *([""] if row["default"] else [])]
-            row["uris"] = [str(uri.parse(address).with_export(name)) for name in names for address in listening]
+            addresses = [dataclasses.replace(uri.parse(address), tls=row["tls"]) for address in listening]
+            row["uris"] = [str(address.with_export(name)) for name in names for address in addresses]
         if self._as_json:
             click.echo(json.dumps({"pid": os.getpid(), "exports": self._served}))
             return

@@ -7,7 +7,9 @@ every length is bounded, and nothing is waited for longer than a few seconds.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Final
 from nbdserver.errors import ProtocolError
 from nbdserver.handshake import REPLY_MAGIC, ClientFlag, Info, Option, ReplyType, TransmissionFlag
 from nbdserver.limits import CLIENT_REPLIES_COUNT_MAX, CLIENT_REPLY_MAX, CLIENT_TIMEOUT
+from nbdserver.tls import CA_CERT, CLIENT_CERT, CLIENT_KEY
 from nbdserver.uri import NbdUri
 
 GREETING_MAGIC: Final = b"NBDMAGIC"
@@ -39,6 +42,9 @@ def list_exports(address: NbdUri) -> list[RemoteExport]:
     try:
         with _connect(address) as connection:
             client = _Client(connection)
+            if address.tls:
+                client.start_tls()
+                client = _Client(_secured(connection, address), greeted=True)
             listed = {address.export: ""} if address.export else client.list()
             exports = [client.info(name, description) for name, description in listed.items()]
             client.abort()
@@ -47,6 +53,23 @@ def list_exports(address: NbdUri) -> list[RemoteExport]:
         raise ProtocolError(f"{address}: {error.strerror or error}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{address}: {error}") from error
+
+
+def _secured(connection: socket.socket, address: NbdUri) -> ssl.SSLSocket:
+    """The connection with TLS, the server's certificate checked by the authority's in the client's directory."""
+    if address.certificates is None:
+        raise ProtocolError("for TLS, name the directory of the client's certificates: ?tls-certificates=DIRECTORY")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # A server behind a Unix socket has no name to check.
+    context.check_hostname = address.socket is None
+    try:
+        context.load_verify_locations(os.path.join(address.certificates, CA_CERT))
+        cert, key = (os.path.join(address.certificates, name) for name in (CLIENT_CERT, CLIENT_KEY))
+        if os.path.exists(cert):
+            context.load_cert_chain(cert, key)
+        return context.wrap_socket(connection, server_hostname=address.host or None)
+    except ssl.SSLError as error:
+        raise ProtocolError(f"TLS could not begin: {error}") from error
 
 
 def _connect(address: NbdUri) -> socket.socket:
@@ -63,8 +86,10 @@ def _connect(address: NbdUri) -> socket.socket:
 class _Client:
     """A connection in option haggling."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, greeted: bool = False) -> None:
         self._connection = connection
+        if greeted:
+            return
         greeting = self._receive(18)
         if greeting[:8] != GREETING_MAGIC:
             raise ProtocolError("this is no NBD server: its greeting is another")
@@ -75,6 +100,11 @@ class _Client:
         # The greeting's flags and the client's answer have the same bits.
         known = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
         connection.sendall(struct.pack(">I", greeting[17] & known))
+
+    def start_tls(self) -> None:
+        """Ask for TLS, which is to begin now."""
+        for _ in self._ask(Option.STARTTLS, b""):
+            pass
 
     def list(self) -> dict[str, str]:
         """The exports' names and descriptions."""

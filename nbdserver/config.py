@@ -5,10 +5,12 @@
     listen = ["nbd://127.0.0.1:10809"]       addresses, as NBD URIs
     roots = ["/srv/images"]                  where images may name files (backing files)
 
+    [tls]                                    mode, certificates, psk, verify_clients
+
     [engine]                                 workers, pool, backend, fault_threads, record
 
     [exports.vm]                             one image
-    image = "vm.qcow2"                       format, read_only, description, default
+    image = "vm.qcow2"                       format, read_only, description, default, tls
 
     [exports.disk]                           or layers, from top to bottom
     layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
@@ -54,7 +56,7 @@ from typing import Any, Final, NoReturn
 from nbdserver import registry, uri
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.files import Files
-from nbdserver.handshake import encoded
+from nbdserver.handshake import TlsMode, encoded
 from nbdserver.layer import Layer
 from nbdserver.limits import (
     CONFIG_FILE_MAX,
@@ -74,6 +76,10 @@ from nbdserver.limits import (
     WORKERS_COUNT_MAX,
 )
 from nbdserver.registry import NOWHERE, Where
+from nbdserver.tls import NO_TLS, TlsConfig
+
+#: What an export says of TLS: as the server does, or that it is to be had with TLS alone.
+EXPORT_TLS: Final = ("default", "required")
 
 BACKENDS: Final = ("auto", "io_uring", "threads")
 
@@ -118,6 +124,7 @@ class ExportConfig:
     read_only: bool | None = None
     description: str = ""
     default: bool = False
+    tls_required: bool = False
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -166,11 +173,12 @@ class Config:
     listen: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
     engine: EngineConfig = EngineConfig()
+    tls: TlsConfig = NO_TLS
 
 
 def load(path: str) -> Config:
     """Read and check ``path``; every layer is built once, to check its keys. Opens no image. Raises ConfigError."""
-    top = _Table(_read(path), Where(path), ("listen", "roots", "engine", "nodes", "exports"))
+    top = _Table(_read(path), Where(path), ("listen", "roots", "tls", "engine", "nodes", "exports"))
     directory = os.path.dirname(path)
     listen = top.texts("listen", LISTEN_COUNT_MAX)
     nodes = _nodes(top.tables("nodes", NODES_COUNT_MAX), path)
@@ -180,6 +188,10 @@ def load(path: str) -> Config:
             'exports nothing; an export is a table such as [exports.vm] with image = "vm.qcow2"', file=path
         )
     _check_names(exports)
+    tls = _tls(top.table("tls", ("mode", "certificates", "psk", "verify_clients")), directory)
+    for export in exports:
+        if export.tls_required and tls.mode is TlsMode.OFF:
+            _refuse(export.where, "tls", 'found "required", but the server does not use TLS: see [tls]')
     if nodes:
         exports.sort(key=lambda export: bool(export.read_only))
     return Config(
@@ -187,6 +199,7 @@ def load(path: str) -> Config:
         tuple(_listen(address, directory, path) for address in listen),
         tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
         _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory),
+        tls,
     )
 
 
@@ -239,6 +252,23 @@ def _engine(table: _Table, directory: str) -> EngineConfig:
     )
 
 
+def _tls(table: _Table, directory: str) -> TlsConfig:
+    certificates, psk = table.text("certificates"), table.text("psk")
+    verify = table.flag("verify_clients")
+    given = certificates is not None or psk is not None
+    tls = TlsConfig(
+        TlsMode(table.choice("mode", list(TlsMode), TlsMode.REQUIRED if given else TlsMode.OFF)),
+        None if certificates is None else os.path.join(directory, certificates),
+        None if psk is None else os.path.join(directory, psk),
+        verify is not False,
+    )
+    try:
+        tls.check()
+    except ConfigError as error:
+        table.refuse(error.key, error.message)
+    return tls
+
+
 def _listen(address: str, directory: str, file: str) -> str:
     """The address with its socket's path made relative to ``directory``."""
     try:
@@ -268,7 +298,7 @@ def _exports(tables: Mapping[str, object], file: str, nodes: Mapping[str, NodeCo
     for name, values in tables.items():
         where = Where(file, f"exports.{_toml_key(name)}")
         _check_string(name, where, "the export's name")
-        keys = ("image", "format", "layers", "read_only", "description", "default")
+        keys = ("image", "format", "layers", "read_only", "description", "default", "tls")
         yield _export(name, _Table(values, where, keys), os.path.dirname(file), nodes)
 
 
@@ -290,6 +320,7 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         table.flag("read_only"),
         description,
         bool(table.flag("default")) and name != "",
+        table.choice("tls", EXPORT_TLS, "default") == "required",
         table.where,
         nodes,
     )

@@ -6,6 +6,7 @@ The engine sends the greeting, frames the options and bounds their length; what 
     client flags  ───────────────────────>   client_flags()  ──> None, or End
     option, data  ───────────────────────>   option()        ──> Reply   send, wait for the next option
     option, its length (data thrown away) >  oversized()     ──> Begin   send, then the transmission phase
+                                                             ──> StartTls  send, begin TLS; then secured()
                                                              ──> End     send, then close
 
 Nothing here raises for what a client sends, waits, or knows what a socket is. Specification: proto.md of the NBD
@@ -69,6 +70,7 @@ class Option(IntEnum):
     EXPORT_NAME = 1
     ABORT = 2
     LIST = 3
+    STARTTLS = 5
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
@@ -87,6 +89,7 @@ class ReplyType(IntEnum):
     ERR_UNSUP = 1 << 31 | 1
     ERR_POLICY = 1 << 31 | 2
     ERR_INVALID = 1 << 31 | 3
+    ERR_TLS_REQD = 1 << 31 | 5
     ERR_UNKNOWN = 1 << 31 | 6
     ERR_SHUTDOWN = 1 << 31 | 7
     ERR_BLOCK_SIZE_REQD = 1 << 31 | 8
@@ -101,6 +104,14 @@ class Style(StrEnum):
     SIMPLE = "simple"
     STRUCTURED = "structured"
     EXTENDED = "extended"
+
+
+class TlsMode(StrEnum):
+    """Whether connections use TLS: proto.md's NOTLS, SELECTIVETLS and FORCEDTLS."""
+
+    OFF = "off"
+    ALLOWED = "allowed"
+    REQUIRED = "required"
 
 
 class Info(IntEnum):
@@ -140,6 +151,7 @@ class ExportInfo:
     size: int
     description: str = ""
     read_only: bool = False
+    tls_required: bool = False
     can_flush: bool = True
     can_fua: bool = True
     can_trim: bool = True
@@ -212,6 +224,13 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class StartTls:
+    """Send ``data``, and let TLS begin. When it has, call `Handshake.secured`."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Begin:
     """Send ``data``; then the transmission phase of ``export`` begins.
 
@@ -232,7 +251,7 @@ class End:
     reason: str
 
 
-Action = Reply | Begin | End
+Action = Reply | StartTls | Begin | End
 
 
 class Handshake:
@@ -241,8 +260,9 @@ class Handshake:
     ``exports`` gives the exports by the names they may be asked for under, "" being the default export; it is
     called again for each option, so exports may come and go. ``enter`` is given the name that transmission is about to
     begin with and gives the export, there to stay until the connection ends; it may raise `Unavailable`.
-    ``stopping`` says whether the server is shutting down. ``peer`` names the client, for reasons. Used by one thread at
-    a time, and not after Begin or End.
+    ``stopping`` says whether the server is shutting down. ``peer`` names the client, for reasons. With ``tls``
+    "allowed", exports that say so are to be had with TLS alone, and are not listed without; with "required", all are.
+    Used by one thread at a time, and not after Begin or End.
     """
 
     def __init__(
@@ -252,8 +272,10 @@ class Handshake:
         peer: str,
         enter: Callable[[str], ExportInfo] | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        tls: TlsMode = TlsMode.OFF,
     ) -> None:
         self._exports, self._peer, self._enter, self._stopping = exports, peer, enter, stopping
+        self._tls, self._is_secure = tls, False
         self._flags = ClientFlag(0)
         self._options_count = 0
         self._style = Style.SIMPLE
@@ -268,6 +290,12 @@ class Handshake:
             return self._end(f"sent unknown client flags {unknown:#x}")
         self._flags = ClientFlag(flags)
         return None
+
+    def secured(self) -> None:
+        """TLS has begun. Nothing said before counts: somebody else may have said it."""
+        self._is_secure = True
+        self._style = Style.SIMPLE
+        self._contexts = ("", ())
 
     def option(self, option: int, data: bytes) -> Action:
         """Take one option with its data (at most OPTION_MAX bytes) and answer it."""
@@ -287,6 +315,8 @@ class Handshake:
                 return self._end(f"sent more than {OPTIONS_COUNT_MAX} options")
             if option != Option.EXPORT_NAME and not self._is_fixed:
                 return self._end(f"sent option {option} but not the flag FIXED_NEWSTYLE, which allows EXPORT_NAME only")
+            if self._tls is TlsMode.REQUIRED and not self._is_secure and option != Option.STARTTLS:
+                raise _RefusalError(ReplyType.ERR_TLS_REQD, "this server demands TLS: send STARTTLS first")
             if self._stopping():
                 raise _RefusalError(ReplyType.ERR_SHUTDOWN, "the server is shutting down")
             return answer()
@@ -302,6 +332,8 @@ class Handshake:
                 return self._export_name(fields)
             case Option.LIST:
                 return self._list(fields)
+            case Option.STARTTLS:
+                return self._start_tls(fields)
             case Option.INFO | Option.GO:
                 return self._info(option, fields)
             case Option.STRUCTURED_REPLY:
@@ -317,7 +349,7 @@ class Handshake:
 
     def _dispatch_oversized(self, option: int, length: int) -> Action:
         match option:
-            case Option.LIST | Option.STRUCTURED_REPLY | Option.EXTENDED_HEADERS:
+            case Option.LIST | Option.STARTTLS | Option.STRUCTURED_REPLY | Option.EXTENDED_HEADERS:
                 raise _RefusalError(ReplyType.ERR_INVALID, f"the option has {length} bytes of data; it takes none")
             case Option.SET_META_CONTEXT:
                 self._contexts = ("", ())
@@ -345,16 +377,26 @@ class Handshake:
         for name, export in sorted(self._exports().items()):
             if name != export.name:  # An alias, such as the default export's: listed under its own name.
                 continue
+            if export.tls_required and not self._is_secure:
+                continue
             encoded_name = name.encode()
             details = struct.pack(">I", len(encoded_name)) + encoded_name + export.description.encode()
             replies.append(_reply(Option.LIST, ReplyType.SERVER, details))
         return Reply(b"".join(replies) + _reply(Option.LIST, ReplyType.ACK))
 
+    def _start_tls(self, fields: _Fields) -> Action:
+        if self._tls is TlsMode.OFF:
+            raise _RefusalError(ReplyType.ERR_POLICY, "this server does not use TLS")
+        if self._is_secure:
+            raise _RefusalError(ReplyType.ERR_INVALID, "TLS has begun already")
+        fields.end()
+        return StartTls(_reply(Option.STARTTLS, ReplyType.ACK))
+
     def _info(self, option: int, fields: _Fields) -> Action:
         name = fields.string("export name")
         asked = {fields.u16("information request") for _ in range(fields.u16("number of information requests"))}
         fields.end()
-        export = self._find(name)
+        export = self._find(name, ReplyType.ERR_TLS_REQD)
         if option == Option.GO and export.minimum_block > 1 and Info.BLOCK_SIZE not in asked:
             raise _RefusalError(
                 ReplyType.ERR_BLOCK_SIZE_REQD,
@@ -428,11 +470,20 @@ class Handshake:
         return self._find(name), name, queries
 
     @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._peer
+
+    @property
     def _is_fixed(self) -> bool:
         return bool(self._flags & ClientFlag.FIXED_NEWSTYLE)
 
-    def _find(self, name: str) -> ExportInfo:
+    def _find(self, name: str, insecure: ReplyType = ReplyType.ERR_POLICY) -> ExportInfo:
+        """The export called ``name``. ``insecure``: how a client without TLS is told that it needs it. (ERR_TLS_REQD is
+        for INFO and GO alone: proto.md, "SELECTIVETLS mode".)"""
         export = self._exports().get(name)
+        if export is not None and export.tls_required and not self._is_secure:
+            raise _RefusalError(insecure, f"export {_shown(name)} is to be had with TLS alone")
         if export is None:
             what = f"no export is named {_shown(name)}" if name else "there is no default export"
             raise _RefusalError(ReplyType.ERR_UNKNOWN, what)

@@ -119,6 +119,11 @@ WORKERS_MAX: Final = 16
 #: Seconds a client may take for its handshake.
 HANDSHAKE_TIMEOUT: Final = 30.0
 
+#: Pre-shared keys: a file of them, bytes; and a name and a key, bytes (OpenSSL's PSK_MAX_...).
+PSK_FILE_MAX: Final = 1 << 20
+PSK_NAME_MAX: Final = 128
+PSK_MAX: Final = 256
+
 #: Seconds that stopping waits for requests that were accepted.
 STOP_TIMEOUT: Final = 30.0
 

@@ -30,7 +30,7 @@ from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestErr
 from nbdserver.extent import CODE, ZERO, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, Leaf, execute, flatten, walk
-from nbdserver.handshake import Begin, End, ExportInfo, Handshake
+from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, StartTls, TlsMode
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import (
     DISK_MAX,
@@ -48,6 +48,7 @@ from nbdserver.listening import Listener, bind
 from nbdserver.offers import KEEP, Client, Keep, Offers
 from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
+from nbdserver.tls import NO_TLS, TlsConfig
 from nbdserver.uri import parse_listen
 
 #: Flags of requests on the wire (proto.md, "Command flags").
@@ -286,6 +287,16 @@ class Export:
         return {**self.engine_export.counters(), "layers": layers, "files": files}
 
 
+def _tls_context(tls: TlsConfig) -> _engine.TlsContext | None:
+    """What connections begin TLS with, if they do. ConfigError."""
+    if tls.mode is TlsMode.OFF:
+        return None
+    try:
+        return _engine.TlsContext(**tls.files(), keys=tls.keys())
+    except ValueError as error:
+        raise ConfigError(f"TLS cannot be used: {error}") from error
+
+
 def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:
     return Vector(Segment(slot, start, count) for slot, start, count in fault.segments(offset, length))
 
@@ -304,7 +315,8 @@ class Server:
 
     ``listen``: NBD URIs (port 0 takes a free one). ``backend``: "auto", "io_uring" or "threads". ``workers``: engine
     threads, by default one a processor. ``pool``: bytes of the buffer pool. ``roots``: directories that images may
-    name files in. ``record``: a directory for the I/O recorder. ``log`` is given each line of the log.
+    name files in. ``record``: a directory for the I/O recorder. ``tls``: whether and how connections use TLS.
+    ``log`` is given each line of the log.
 
     Use it as a context manager, or call `start` and `stop`. Raises ConfigError.
     """
@@ -319,6 +331,7 @@ class Server:
         fault_threads: int = FAULT_THREADS,
         roots: Sequence[str | os.PathLike[str]] = (),
         record: str | os.PathLike[str] | None = None,
+        tls: TlsConfig = NO_TLS,
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._addresses = [parse_listen(uri) for uri in listen]
@@ -340,6 +353,7 @@ class Server:
         except (OSError, ValueError) as error:
             raise ConfigError(f"the engine cannot start: {error}") from error
         add_region(self)
+        self._tls, self._tls_context = tls, _tls_context(tls)
         self._fault_threads_count = fault_threads
         self._effects = Effects(self._engine)
         self._graph = Graph()
@@ -372,14 +386,16 @@ class Server:
         read_only: bool = False,
         description: str = "",
         default: bool = False,
+        tls_required: bool = False,
     ) -> Export:
         """Open ``layer`` and everything below it, and export it as ``name`` (and under "", if ``default``).
+        ``tls_required``: to clients with TLS alone.
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
         with self._structure:
             self._offers.check_free(name, default)
-            export = self.open(name, layer, read_only=read_only, description=description)
+            export = self.open(name, layer, read_only=read_only, description=description, tls_required=tls_required)
             try:
                 self.change(add=[export], default=name if default else KEEP)
             except BaseException:
@@ -387,13 +403,27 @@ class Server:
                 raise
             return export
 
-    def open(self, name: str, layer: Layer, *, read_only: bool = False, description: str = "") -> Export:
+    def open(
+        self,
+        name: str,
+        layer: Layer,
+        *,
+        read_only: bool = False,
+        description: str = "",
+        tls_required: bool = False,
+    ) -> Export:
         """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
         with self._structure:
             self._graph.open(layer, self._opener(read_only))
             try:
                 read_only = read_only or layer.read_only
-                info = ExportInfo(name=name, description=description, size=layer.size, read_only=read_only)
+                info = ExportInfo(
+                    name=name,
+                    description=description,
+                    size=layer.size,
+                    read_only=read_only,
+                    tls_required=tls_required,
+                )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
                 export = Export(name, layer, info, engine_export, self._effects)
             except BaseException:
@@ -648,7 +678,13 @@ class Server:
         if client is None or client.handshake is None:
             return  # it has begun transmission or ended: nothing more is asked of us
         handshake = client.handshake
-        if event.kind == "flags":
+        action: Action | None = None
+        if event.kind == "insecure":
+            self._log(f"{handshake.peer}: TLS could not begin: {event.reason}")
+            return
+        if event.kind == "secured":
+            handshake.secured()
+        elif event.kind == "flags":
             action = handshake.client_flags(event.code)
         elif event.kind == "option":
             action = handshake.option(event.code, event.data)
@@ -656,6 +692,9 @@ class Server:
             action = handshake.oversized(event.code, event.length)
         if action is None:
             event.next(b"")
+        elif isinstance(action, StartTls):
+            assert self._tls_context is not None, "no TLS without a context"
+            event.start_tls(action.data, self._tls_context)
         elif isinstance(action, Begin):
             client.handshake = None
             self._begin(event, action, client)
@@ -675,6 +714,7 @@ class Server:
             peer=event.client.peer,
             enter=functools.partial(self._enter, client),
             stopping=self._stopping.is_set,
+            tls=self._tls.mode,
         )
         self._clients[event.connection] = client
 

@@ -3,6 +3,7 @@
     nbd://127.0.0.1:10809/disk                  TCP; the port is 10809 if not given
     nbd://[::1]/disk                            the same over IPv6
     nbd+unix:///disk?socket=/run/nbd.sock       a Unix socket; its path may be relative
+    nbds://vm.example/disk?tls-certificates=pki with TLS, and so nbds+unix: where the client's files are
 
 Specification: uri.md of the NBD project ("The NBD URI format"), on top of RFC 3986: ASCII only, and whatever has a
 meaning of its own is percent-encoded. A plus sign is a plus sign.
@@ -34,7 +35,8 @@ _BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}", re.DOTALL)
 #: What a reg-name of RFC 3986 is once decoded, as far as host names go.
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*)")
 
-_TLS_IS_MISSING: Final = "TLS is not built yet"
+#: The schemes, and whether they mean TLS.
+_SCHEMES: Final = {"nbd": False, "nbd+unix": False, "nbds": True, "nbds+unix": True}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class NbdUri:
     port: int = PORT_DEFAULT
     socket: str | None = None
     export: str = ""
+    #: With TLS, and the directory of the client's certificates.
+    tls: bool = False
+    certificates: str | None = None
 
     def with_export(self, name: str) -> NbdUri:
         """The same server, another export."""
@@ -55,10 +60,11 @@ class NbdUri:
 
     def __str__(self) -> str:
         name = quote(self.export, safe="/:@")
+        scheme = "nbds" if self.tls else "nbd"
         if self.socket is not None:
-            return f"nbd+unix:///{name}?socket={quote(os.fsencode(self.socket), safe='/:@')}"
+            return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(self.socket), safe='/:@')}"
         host = "[" + self.host.replace("%", "%25") + "]" if ":" in self.host else self.host
-        return f"nbd://{host}:{self.port}" + (f"/{name}" if name else "")
+        return f"{scheme}://{host}:{self.port}" + (f"/{name}" if name else "")
 
 
 def parse(text: str) -> NbdUri:
@@ -75,6 +81,8 @@ def parse_listen(text: str) -> NbdUri:
     address = parse(text)
     if address.export:
         raise ConfigError(f"{text!r} names the export {address.export!r}: a listen address serves every export")
+    if address.tls:
+        raise ConfigError(f"{text!r} asks for TLS, which is begun on any address: say nbd, and [tls] mode (or --tls)")
     length = len(os.fsencode(address.socket or ""))
     if length > SOCKET_PATH_MAX:
         raise ConfigError(f"{text!r} names a socket {length} bytes long: the system allows {SOCKET_PATH_MAX}")
@@ -86,21 +94,24 @@ def _parse(text: str) -> NbdUri:
     _check_characters(text)
     parts = _PARTS.fullmatch(text)
     scheme = parts[1].lower() if parts else ""
-    if parts is None or scheme not in ("nbd", "nbd+unix"):
+    if parts is None or scheme not in _SCHEMES:
         raise ValueError(_wrong_scheme(text, scheme))
     _, authority, path, query, fragment = parts.groups()
     if fragment is not None:
         raise ValueError("it has a fragment (write # as %23)")
-    if authority is None and scheme == "nbd":
+    if authority is None and scheme in ("nbd", "nbds"):
         raise ValueError("it names no host; write nbd://127.0.0.1 for this machine alone")
     export = _export(path)
-    socket = _socket(query, scheme)
+    parameters = _parameters(query)
+    tls = _SCHEMES[scheme]
+    certificates = parameters.pop("tls-certificates", None) if tls else None
+    socket = _socket(parameters, scheme)
     if socket is not None:
         if authority:
             raise ValueError(f"it names a host, {authority}, and a socket; write nbd+unix:///?socket=PATH")
-        return NbdUri(socket=socket, export=export)
+        return NbdUri(socket=socket, export=export, tls=tls, certificates=certificates)
     host, port = _host_and_port(authority)
-    return NbdUri(host=host, port=port, export=export)
+    return NbdUri(host=host, port=port, export=export, tls=tls, certificates=certificates)
 
 
 def _check_characters(text: str) -> None:
@@ -116,13 +127,11 @@ def _check_characters(text: str) -> None:
 
 
 def _wrong_scheme(text: str, scheme: str) -> str:
-    if scheme in ("nbds", "nbds+unix"):
-        return _TLS_IS_MISSING
     if text.startswith(("/", ".")):
         return f"for a Unix socket write nbd+unix:///?socket={text}"
     if not text.partition("://")[1]:
         return f"for TCP write nbd://{text}"
-    return f"its scheme is {scheme!r}, allowed are nbd and nbd+unix"
+    return f"its scheme is {scheme!r}, allowed are nbd, nbd+unix, nbds and nbds+unix"
 
 
 def _export(path: str) -> str:
@@ -137,15 +146,12 @@ def _export(path: str) -> str:
     return name
 
 
-def _socket(query: str | None, scheme: str) -> str | None:
+def _socket(parameters: dict[str, str], scheme: str) -> str | None:
     """The path of the Unix socket, None for TCP."""
-    parameters = _parameters(query)
     socket = parameters.pop("socket", None)
     for name in parameters:
-        if name.startswith("tls-"):
-            raise ValueError(f"it has the parameter {name}, but {_TLS_IS_MISSING}")
-        raise ValueError(f"its parameter {name!r} is unknown, allowed is socket (with nbd+unix)")
-    if scheme == "nbd":
+        raise ValueError(f"its parameter {name!r} is unknown; there are socket (nbd+unix) and tls-certificates (nbds)")
+    if scheme in ("nbd", "nbds"):
         if socket is not None:
             raise ValueError("a socket goes with the scheme nbd+unix")
         return None
@@ -171,7 +177,7 @@ def _parameters(query: str | None) -> dict[str, str]:
 
 def _host_and_port(authority: str) -> tuple[str, int]:
     if "@" in authority:
-        raise ValueError(f"it names a user, which is for TLS, but {_TLS_IS_MISSING}")
+        raise ValueError("it names a user: pre-shared keys are not supported here")
     match = _AUTHORITY.fullmatch(authority)
     if match is None:
         raise ValueError(f"{authority!r} is not HOST:PORT (an IPv6 address goes in brackets)")

@@ -29,6 +29,7 @@ from nbdserver.graph import Graph
 from nbdserver.handshake import REPLY_MAGIC, Begin, End, ExportInfo, Handshake
 from nbdserver.layer import Layer
 from nbdserver.limits import MIB
+from nbdserver.tls import NO_TLS
 from nbdserver.uri import NbdUri
 
 
@@ -162,6 +163,7 @@ def test_serve_a_configuration(arguments: tuple[str, ...]) -> None:
         "fault_threads": 8,
         "roots": ("images",),
         "record": None,
+        "tls": NO_TLS,
     }
     assert Notes.made.exports["disk"]["description"] == "a disk"
     assert not Notes.made.exports["memory"]["read_only"]
@@ -192,6 +194,7 @@ def test_serve_json() -> None:
                 "read_only": False,
                 "description": "",
                 "default": True,
+                "tls": False,
                 "uris": ["nbd://127.0.0.1:10809/disk.img", "nbd://127.0.0.1:10809"],
             }
         ],
@@ -329,7 +332,7 @@ def test_images_of_one_name() -> None:
         (("a.toml", "disk.img"), "name one configuration, or images: not several, not both"),
         (("a.toml", "--format", "raw"), "--format is for images; a configuration says each export's format itself"),
         (("disk.img", "-v", "-q"), "--verbose and --quiet contradict each other"),
-        (("disk.img", "--listen", "nbds://h"), "'nbds://h' is not a usable NBD URI: TLS is not built yet"),
+        (("disk.img", "--listen", "nbds://h"), "'nbds://h' asks for TLS, which is begun on any address"),
         (("disk.img", "--listen", "nbd://h/x"), "'nbd://h/x' names the export 'x'"),
         (("disk.img", "--format", "rwa"), "there is no layer 'rwa'; did you mean 'raw'?"),
         (("disk.img", "--format", "memory"), "the layer 'memory' is no image format"),

@@ -253,7 +253,7 @@ def test_enormous_integer(load: Load) -> None:
     assert message(load, "x = " + "9" * 5000).startswith("is not TOML: ")
 
 
-ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, default"
+ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, default, tls"
 
 
 @pytest.mark.parametrize(
@@ -264,14 +264,17 @@ ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, de
         ("exports = 5", "[exports]: found 5, allowed is a table"),
         (
             f"[engin]\n{EXPORT}",
-            "engin: unknown key; did you mean engine? Allowed are: listen, roots, engine, nodes, exports",
+            "engin: unknown key; did you mean engine? Allowed are: listen, roots, tls, engine, nodes, exports",
         ),
-        (f"zzz = 1\n{EXPORT}", "zzz: unknown key; Allowed are: listen, roots, engine, nodes, exports"),
+        (f"zzz = 1\n{EXPORT}", "zzz: unknown key; Allowed are: listen, roots, tls, engine, nodes, exports"),
         # listen
         (f'listen = "nbd://h"\n{EXPORT}', 'listen: found "nbd://h", allowed is a list of strings'),
         (f"listen = [10809]\n{EXPORT}", "listen: found 10809 in the list, allowed is a list of strings"),
         (f"listen = []\n{EXPORT}", "listen: found an empty list; leave the key out for the default"),
-        (f'listen = ["nbds://h"]\n{EXPORT}', "listen: 'nbds://h' is not a usable NBD URI: TLS is not built yet"),
+        (
+            f'listen = ["nbds://h"]\n{EXPORT}',
+            "listen: 'nbds://h' asks for TLS, which is begun on any address: say nbd, and [tls] mode (or --tls)",
+        ),
         (
             f'listen = ["nbd://h/vm"]\n{EXPORT}',
             "listen: 'nbd://h/vm' names the export 'vm': a listen address serves every export",

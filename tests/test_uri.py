@@ -84,11 +84,16 @@ def test_any_text_is_a_uri_or_a_config_error(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("nbds://example.com", "TLS is not built yet"),
-        ("nbds+unix:///?socket=/s", "TLS is not built yet"),
-        ("nbd://example.com?tls-type=x509", "it has the parameter tls-type, but TLS is not built yet"),
-        ("nbd://user@example.com", "it names a user, which is for TLS, but TLS is not built yet"),
-        ("http://example.com", "its scheme is 'http', allowed are nbd and nbd+unix"),
+        (
+            "nbd://example.com?tls-certificates=pki",
+            "its parameter 'tls-certificates' is unknown; there are socket (nbd+unix) and tls-certificates (nbds)",
+        ),
+        (
+            "nbds://example.com?tls-psk-file=keys",
+            "its parameter 'tls-psk-file' is unknown; there are socket (nbd+unix) and tls-certificates (nbds)",
+        ),
+        ("nbds://user@example.com", "it names a user: pre-shared keys are not supported here"),
+        ("http://example.com", "its scheme is 'http', allowed are nbd, nbd+unix, nbds and nbds+unix"),
         ("127.0.0.1:10809", "for TCP write nbd://127.0.0.1:10809"),
         ("localhost:10809", "for TCP write nbd://localhost:10809"),
         ("", "for TCP write nbd://"),
@@ -110,7 +115,10 @@ def test_any_text_is_a_uri_or_a_config_error(text: str) -> None:
         ("nbd://h/%FF", "its export name is not UTF-8"),
         ("nbd://h/a%00", "its export name contains a NUL character"),
         ("nbd://h?socket=/s", "a socket goes with the scheme nbd+unix"),
-        ("nbd://h?backlog=5", "its parameter 'backlog' is unknown, allowed is socket (with nbd+unix)"),
+        (
+            "nbd://h?backlog=5",
+            "its parameter 'backlog' is unknown; there are socket (nbd+unix) and tls-certificates (nbds)",
+        ),
         ("nbd+unix:///disk", "it names no socket; write nbd+unix:///?socket=PATH"),
         ("nbd+unix:///?socket=", "it names no socket; write nbd+unix:///?socket=PATH"),
         ("nbd+unix:///?socket=a&socket=b", "its parameter 'socket' is given twice"),

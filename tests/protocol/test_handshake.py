@@ -18,7 +18,9 @@ from nbdserver.handshake import (
     Option,
     Reply,
     ReplyType,
+    StartTls,
     Style,
+    TlsMode,
     TransmissionFlag,
 )
 
@@ -378,6 +380,98 @@ def test_contexts_may_be_named_in_requests_only_where_they_are_negotiated() -> N
     assert flags_of(handshake, Option.GO) & payload
 
 
+# -- STARTTLS ----------------------------------------------------------------------------------------------------
+
+SECRET = ExportInfo("secret", 1 << 20, tls_required=True)
+
+
+def shake_tls(mode: TlsMode) -> Handshake:
+    handshake = Handshake(lambda: {**EXPORTS, "secret": SECRET}, peer="127.0.0.1:5", tls=mode)
+    assert handshake.client_flags(FIXED) is None
+    return handshake
+
+
+def secure(handshake: Handshake) -> Handshake:
+    action = handshake.option(Option.STARTTLS, b"")
+    assert isinstance(action, StartTls)
+    assert list(replies(action.data, Option.STARTTLS)) == [(ReplyType.ACK, b"")]
+    handshake.secured()
+    return handshake
+
+
+def names(handshake: Handshake) -> list[str]:
+    return [payload[4:].decode() for kind, payload in ask(handshake, Option.LIST) if kind == ReplyType.SERVER]
+
+
+def test_without_tls_starttls_is_against_the_policy() -> None:
+    assert "does not use TLS" in refused(shake(), Option.STARTTLS, b"", ReplyType.ERR_POLICY)
+
+
+@pytest.mark.parametrize("mode", [TlsMode.ALLOWED, TlsMode.REQUIRED])
+def test_starttls_with_data_is_invalid_and_tls_does_not_begin(mode: TlsMode) -> None:
+    refused(shake_tls(mode), Option.STARTTLS, b"x", ReplyType.ERR_INVALID)
+
+
+@pytest.mark.parametrize("mode", [TlsMode.ALLOWED, TlsMode.REQUIRED])
+def test_second_starttls_is_invalid(mode: TlsMode) -> None:
+    refused(secure(shake_tls(mode)), Option.STARTTLS, b"", ReplyType.ERR_INVALID)
+
+
+@pytest.mark.parametrize("option", [2**32 - 1, 4, *(set(Option) - {Option.ABORT, Option.STARTTLS, Option.EXPORT_NAME})])
+def test_where_tls_is_required_nothing_else_is_answered_before(option: int) -> None:
+    handshake = shake_tls(TlsMode.REQUIRED)
+    refused(handshake, option, go("vm"), ReplyType.ERR_TLS_REQD)
+    assert isinstance(secure(handshake).option(Option.GO, go("vm")), Begin)
+
+
+def test_where_tls_is_required_export_name_before_it_ends_the_connection() -> None:
+    action = shake_tls(TlsMode.REQUIRED).option(Option.EXPORT_NAME, b"vm")
+    assert isinstance(action, End)
+    assert action.data == b""
+    assert "TLS" in action.reason
+
+
+def test_where_tls_is_required_abort_is_still_acknowledged() -> None:
+    assert isinstance(shake_tls(TlsMode.REQUIRED).option(Option.ABORT, b""), End)
+
+
+def test_where_tls_is_allowed_other_exports_need_none() -> None:
+    assert isinstance(shake_tls(TlsMode.ALLOWED).option(Option.GO, go("vm")), Begin)
+
+
+@pytest.mark.parametrize("option", [Option.INFO, Option.GO])
+def test_export_to_be_had_with_tls_alone(option: Option) -> None:
+    handshake = shake_tls(TlsMode.ALLOWED)
+    assert "'secret' is to be had with TLS alone" in refused(handshake, option, go("secret"), ReplyType.ERR_TLS_REQD)
+    assert not isinstance(secure(handshake).option(option, go("secret")), End)
+    assert isinstance(handshake.option(Option.GO, go("secret")), Begin)
+
+
+def test_export_to_be_had_with_tls_alone_is_not_listed_without() -> None:
+    handshake = shake_tls(TlsMode.ALLOWED)
+    assert "secret" not in names(handshake)
+    assert "secret" in names(secure(handshake))
+
+
+def test_export_name_of_an_export_to_be_had_with_tls_alone_ends_the_connection() -> None:
+    assert isinstance(shake_tls(TlsMode.ALLOWED).option(Option.EXPORT_NAME, b"secret"), End)
+
+
+@pytest.mark.parametrize("option", [Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT])
+def test_contexts_of_an_export_to_be_had_with_tls_alone(option: Option) -> None:
+    """ERR_TLS_REQD is for INFO and GO: proto.md, "SELECTIVETLS mode"."""
+    refused(structured(shake_tls(TlsMode.ALLOWED)), option, meta("secret", "base:allocation"), ReplyType.ERR_POLICY)
+
+
+@pytest.mark.parametrize("before", [structured, extended])
+def test_nothing_said_before_tls_counts(before: Callable[[Handshake], Handshake]) -> None:
+    handshake = before(shake_tls(TlsMode.ALLOWED))
+    ask(handshake, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))
+    action = secure(handshake).option(Option.GO, go("vm"))
+    assert isinstance(action, Begin)
+    assert (action.style, action.contexts) == (Style.SIMPLE, ())
+
+
 # -- block sizes -------------------------------------------------------------------------------------------------
 
 
@@ -530,9 +624,9 @@ def test_meta_context_refuses(option: int, data: bytes, reply_type: ReplyType, m
 # -- everything else ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [0, 4, 5, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("option", [0, 4, 12, 0xFFFFFFFF])
 def test_other_options_are_unsupported(option: int) -> None:
-    """Among them PEEK_EXPORT and STARTTLS."""
+    """Among them PEEK_EXPORT."""
     assert refused(shake(), option, b"data", ReplyType.ERR_UNSUP) == f"option {option} is not supported"
 
 
@@ -546,7 +640,7 @@ def test_other_options_are_unsupported(option: int) -> None:
         (Option.GO, ReplyType.ERR_TOO_BIG),
         (Option.LIST_META_CONTEXT, ReplyType.ERR_TOO_BIG),
         (Option.SET_META_CONTEXT, ReplyType.ERR_TOO_BIG),
-        (5, ReplyType.ERR_UNSUP),
+        (Option.STARTTLS, ReplyType.ERR_INVALID),
         (99, ReplyType.ERR_UNSUP),
     ],
 )

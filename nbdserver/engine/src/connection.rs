@@ -3,18 +3,18 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
+use openssl::ssl::SslContext;
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
 use crate::client::Client;
 use crate::export::Export;
 use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
+use crate::tls::Transport;
 use crate::vector::Vector;
 use crate::wire::{self, Header, Question, Style, chunk};
 
@@ -232,11 +232,19 @@ impl Outgoing {
     }
 
     /// Send as much as the socket takes. `ended` is called with the weight of each reply that has left whole.
-    pub fn send(&mut self, socket: &OwnedFd, mut ended: impl FnMut(usize)) -> Result<Sent, Errno> {
+    pub fn send(
+        &mut self,
+        transport: &mut Transport,
+        mut ended: impl FnMut(usize),
+    ) -> Result<Sent, Errno> {
         loop {
             self.drop_sent(&mut ended);
             if self.items.is_empty() {
-                return Ok(Sent::All);
+                return match transport.flush() {
+                    Ok(()) => Ok(Sent::All),
+                    Err(Errno::AGAIN) => Ok(Sent::Blocked),
+                    Err(errno) => Err(errno),
+                };
             }
             let slices: Vec<IoSlice<'_>> = self
                 .items
@@ -249,8 +257,7 @@ impl Outgoing {
                 .filter(|slice| !slice.is_empty())
                 .take(SLICES_MAX)
                 .collect();
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags) {
+            match transport.send(&slices) {
                 Ok(sent) => {
                     self.sent += sent;
                     self.length -= sent;
@@ -286,6 +293,10 @@ pub enum Phase {
     /// The four bytes of the client's flags.
     Flags,
     Options,
+    /// TLS begins once everything has been sent.
+    StartTls(SslContext),
+    /// TLS's own handshake.
+    Tls,
     /// Python is deciding.
     Deciding,
     Transmission(Arc<Session>, Arc<Export>),
@@ -299,7 +310,7 @@ pub struct Payload {
 }
 
 pub struct Connection {
-    pub socket: OwnedFd,
+    pub transport: Transport,
     pub token: u64,
     pub client: Arc<Client>,
     pub phase: Phase,
@@ -332,6 +343,17 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Whether what the client sends is taken in now.
+    pub fn is_listening(&self) -> bool {
+        let waits = matches!(self.phase, Phase::Deciding | Phase::StartTls(_));
+        !self.deaf && !self.stalled && !self.closing && !waits
+    }
+
+    /// Whether everything has left.
+    pub fn is_silent(&self) -> bool {
+        self.outgoing.is_empty() && !self.transport.has_output()
+    }
+
     /// Forget a write whose payload will never be whole: it was not accepted.
     pub fn drop_payload(&mut self) {
         if let Some(payload) = self.payload.take() {

@@ -3,8 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 
+use openssl::ssl::SslContext;
+
 use crate::client::Client;
 use crate::export::Export;
+use crate::tls::Peer;
 use crate::wire::Style;
 use crate::worker::{Inbox, Message};
 
@@ -21,6 +24,10 @@ pub enum Said {
         code: u32,
         length: u32,
     },
+    /// TLS has begun.
+    Secured(Peer),
+    /// TLS could not begin, for this reason; the connection has ended.
+    Insecure(String),
     Closed,
 }
 
@@ -34,6 +41,8 @@ pub struct Event {
 pub enum Action {
     /// Go on with the next option.
     Next { data: Vec<u8> },
+    /// TLS begins, once `data` has been sent.
+    StartTls { data: Vec<u8>, context: SslContext },
     /// The transmission phase begins.
     Begin {
         data: Vec<u8>,

@@ -23,6 +23,7 @@ mod ring;
 mod serial;
 mod server;
 mod threads;
+mod tls;
 mod transfer;
 mod transform;
 mod users;
@@ -30,6 +31,7 @@ mod vector;
 mod wire;
 mod worker;
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -636,6 +638,37 @@ impl Fault {
     }
 }
 
+// -- TLS ---------------------------------------------------------------------------------------------------------
+
+/// What connections begin TLS with; see the stub.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct TlsContext {
+    context: openssl::ssl::SslContext,
+}
+
+#[pymethods]
+impl TlsContext {
+    #[new]
+    #[pyo3(signature = (*, certificate=None, key=None, authority=None, revoked=None, keys=None))]
+    fn new(
+        certificate: Option<String>,
+        key: Option<String>,
+        authority: Option<String>,
+        revoked: Option<String>,
+        keys: Option<HashMap<String, Vec<u8>>>,
+    ) -> PyResult<TlsContext> {
+        let settings = tls::Settings {
+            certificate,
+            key,
+            authority,
+            revoked,
+            keys: keys.unwrap_or_default(),
+        };
+        let context = tls::context(settings).map_err(PyValueError::new_err)?;
+        Ok(TlsContext { context })
+    }
+}
+
 // -- handshakes --------------------------------------------------------------------------------------------------
 
 /// A connection, for as long as one likes; see the stub.
@@ -687,6 +720,8 @@ impl Event {
             Said::Flags(_) => "flags",
             Said::Option { .. } => "option",
             Said::Oversized { .. } => "oversized",
+            Said::Secured(_) => "secured",
+            Said::Insecure(_) => "insecure",
             Said::Closed => "closed",
         }
     }
@@ -707,7 +742,7 @@ impl Event {
     fn code(&self) -> u32 {
         match self.event.said {
             Said::Flags(code) | Said::Option { code, .. } | Said::Oversized { code, .. } => code,
-            Said::Open(_) | Said::Closed => 0,
+            _ => 0,
         }
     }
 
@@ -728,6 +763,35 @@ impl Event {
             Said::Oversized { length, .. } => *length as usize,
             _ => 0,
         }
+    }
+
+    /// Who a client with TLS is: (subject, identity, cipher).
+    #[getter]
+    fn secured(&self) -> Option<(Option<&str>, Option<&str>, &str)> {
+        match &self.event.said {
+            Said::Secured(peer) => Some((
+                peer.subject.as_deref(),
+                peer.identity.as_deref(),
+                &peer.cipher,
+            )),
+            _ => None,
+        }
+    }
+
+    /// Why TLS could not begin.
+    #[getter]
+    fn reason(&self) -> Option<&str> {
+        match &self.event.said {
+            Said::Insecure(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    fn start_tls(&self, data: &[u8], context: &Bound<'_, TlsContext>) {
+        self.event.act(Action::StartTls {
+            data: data.to_vec(),
+            context: context.get().context.clone(),
+        });
     }
 
     fn next(&self, data: &[u8]) {
@@ -1020,6 +1084,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Fault>()?;
     module.add_class::<Client>()?;
     module.add_class::<Event>()?;
+    module.add_class::<TlsContext>()?;
     module.add_class::<Slot>()?;
     module.add_class::<Stop>()?;
     module.add_function(wrap_pyfunction!(stop_at, module)?)?;

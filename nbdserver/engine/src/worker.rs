@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 
 use crate::client::Client;
 use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
@@ -19,6 +18,7 @@ use crate::extents::FileId;
 use crate::handshake::{Action, Event, Said};
 use crate::request::{Body, Failure, Reply, Request, Session};
 use crate::ring::Ring;
+use crate::tls::{Progress, Transport};
 use crate::transfer::{Transfer, charge, finish_read, is_code, plan, prepare_write, run_all};
 use crate::vector::Vector;
 use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
@@ -182,6 +182,8 @@ pub struct Worker {
     /// Connections that have something to send or to resume when the batch is over.
     dirty: Vec<u64>,
     stalled: Vec<u64>,
+    /// Connections that have taken in more than has been looked at: their sockets will not tell.
+    again: Vec<u64>,
     scratch: Vec<u8>,
     head: Vec<u8>,
     stopping: Option<Instant>,
@@ -236,6 +238,7 @@ impl Worker {
             open: 0,
             dirty: Vec::new(),
             stalled: Vec::new(),
+            again: Vec::new(),
             scratch: vec![0; RECEIVE],
             head: Vec::new(),
             stopping: None,
@@ -263,6 +266,9 @@ impl Worker {
                     INBOX | RING => {}
                     token => self.ready(token, event.flags),
                 }
+            }
+            for token in std::mem::take(&mut self.again) {
+                self.ready(token, EventFlags::IN);
             }
             self.take_messages();
             self.resume_delayed();
@@ -297,7 +303,7 @@ impl Worker {
         let mut outgoing = Outgoing::default();
         outgoing.bytes(GREETING.to_vec());
         let connection = Connection {
-            socket,
+            transport: Transport::new(socket),
             token,
             client: client.clone(),
             phase: Phase::Flags,
@@ -318,7 +324,14 @@ impl Worker {
             progress: (0, 0),
         };
         let data = EventData::new_u64(token);
-        if epoll::add(&self.epoll, &connection.socket, data, EventFlags::empty()).is_err() {
+        if epoll::add(
+            &self.epoll,
+            &connection.transport.socket,
+            data,
+            EventFlags::empty(),
+        )
+        .is_err()
+        {
             self.inbox.connections.fetch_sub(1, Relaxed);
             self.free.push(place);
             return;
@@ -349,7 +362,8 @@ impl Worker {
         self.connections[place] = Some(connection);
     }
 
-    fn close(&mut self, connection: Box<Connection>) {
+    fn close(&mut self, mut connection: Box<Connection>) {
+        connection.transport.close();
         self.free
             .push((connection.token & ((1 << PLACE_BITS) - 1)) as usize);
         self.open -= 1;
@@ -399,23 +413,23 @@ impl Worker {
         connection: &mut Connection,
         scratch: &mut Vec<u8>,
     ) -> Result<(), ()> {
+        if matches!(connection.phase, Phase::Tls) {
+            return self.shake(connection);
+        }
         for _ in 0..RECEIVES_MAX {
-            if connection.stalled || connection.deaf || connection.closing {
-                break;
-            }
-            if matches!(connection.phase, Phase::Deciding) {
+            if !connection.is_listening() {
                 break;
             }
             let direct = connection.payload.is_some();
             let kept = connection.input.len();
             let received = if let Some(payload) = &mut connection.payload {
-                receive_payload(&connection.socket, payload)
+                receive_payload(&mut connection.transport, payload)
             } else {
                 if scratch.len() < kept + REQUEST_SIZE {
                     scratch.resize(kept + RECEIVE, 0);
                 }
                 scratch[..kept].copy_from_slice(&connection.input);
-                recv(&connection.socket, &mut scratch[kept..], RecvFlags::empty()).map(|got| got.0)
+                connection.transport.receive(&mut scratch[kept..])
             };
             let got = match received {
                 Ok(0) => {
@@ -483,7 +497,7 @@ impl Worker {
             }
             let consumed = match &connection.phase {
                 _ if connection.stalled || connection.closing => None,
-                Phase::Deciding => None,
+                Phase::Deciding | Phase::StartTls(_) | Phase::Tls => None,
                 Phase::Flags => self.parse_flags(connection, rest),
                 Phase::Options => self.parse_option(connection, rest)?,
                 Phase::Transmission(session, export) => {
@@ -542,6 +556,26 @@ impl Worker {
         Ok(Some(end))
     }
 
+    /// Go on with TLS's own handshake.
+    fn shake(&mut self, connection: &mut Connection) -> Result<(), ()> {
+        match connection.transport.shake() {
+            Ok(Progress::Waiting) => Ok(()),
+            Ok(Progress::Done(peer)) => {
+                connection.phase = Phase::Deciding;
+                self.tell(connection.token, Said::Secured(peer));
+                Ok(())
+            }
+            Ok(Progress::Failed(why)) => {
+                self.tell(connection.token, Said::Insecure(why));
+                Err(())
+            }
+            Err(errno) => {
+                self.tell(connection.token, Said::Insecure(errno.to_string()));
+                Err(())
+            }
+        }
+    }
+
     fn act(&mut self, token: u64, action: Action) {
         let Some(mut connection) = self.take_out(token) else {
             return;
@@ -550,6 +584,16 @@ impl Worker {
             Action::Next { data } => {
                 connection.outgoing.bytes(data);
                 connection.phase = Phase::Options;
+            }
+            Action::StartTls { data, context } => {
+                if !connection.input.is_empty() {
+                    // Whoever wrote that may not be who will speak TLS.
+                    let why = "something was sent in plain text after STARTTLS".to_owned();
+                    self.tell(token, Said::Insecure(why));
+                    return self.close(connection);
+                }
+                connection.outgoing.bytes(data);
+                connection.phase = Phase::StartTls(context);
             }
             Action::Begin {
                 data,
@@ -1052,12 +1096,12 @@ impl Worker {
         loop {
             let Connection {
                 outgoing,
-                socket,
+                transport,
                 requests,
                 weight,
                 ..
             } = &mut *connection;
-            let sent = outgoing.send(socket, |bytes| {
+            let sent = outgoing.send(transport, |bytes| {
                 *requests -= 1;
                 *weight -= bytes;
             });
@@ -1071,7 +1115,11 @@ impl Worker {
         if connection.deaf && !connection.stalled {
             connection.drop_payload();
         }
-        let silent = connection.outgoing.is_empty();
+        let silent = connection.is_silent();
+        if silent && let Phase::StartTls(context) = &connection.phase {
+            connection.transport.start(context).map_err(|_| ())?;
+            connection.phase = Phase::Tls;
+        }
         if connection.closing && silent {
             return Ok(false);
         }
@@ -1084,17 +1132,18 @@ impl Worker {
         self.ask(connection)
     }
 
-    fn ask(&self, connection: &mut Connection) -> Result<bool, ()> {
-        let listening = !connection.deaf
-            && !connection.stalled
-            && !connection.closing
-            && !matches!(connection.phase, Phase::Deciding);
+    fn ask(&mut self, connection: &mut Connection) -> Result<bool, ()> {
+        let listening = connection.is_listening();
+        if listening && connection.transport.has_input() {
+            self.again.push(connection.token);
+        }
         let mut interest = EventFlags::empty();
         interest.set(EventFlags::IN, listening);
-        interest.set(EventFlags::OUT, !connection.outgoing.is_empty());
+        interest.set(EventFlags::OUT, !connection.is_silent());
         if interest != connection.interest {
             let data = EventData::new_u64(connection.token);
-            epoll::modify(&self.epoll, &connection.socket, data, interest).map_err(|_| ())?;
+            epoll::modify(&self.epoll, &connection.transport.socket, data, interest)
+                .map_err(|_| ())?;
             connection.interest = interest;
         }
         Ok(true)
@@ -1106,6 +1155,9 @@ impl Worker {
 
     /// How long there is nothing to do but what epoll tells.
     fn pause(&self) -> Duration {
+        if !self.again.is_empty() {
+            return Duration::ZERO;
+        }
         // Not longer than TICK_SHORT while requests are delayed: a drained section lets them go.
         let due = self.delayed.iter().map(|(waiting, _)| waiting.due).min();
         due.map_or(self.tick_length(), |due| {
@@ -1169,14 +1221,14 @@ impl Worker {
 }
 
 /// Receive more of a payload, straight into its memory.
-fn receive_payload(socket: &OwnedFd, payload: &mut Payload) -> Result<usize, Errno> {
+fn receive_payload(transport: &mut Transport, payload: &mut Payload) -> Result<usize, Errno> {
     let left = payload.filled..payload.vector.len();
     let (slot, part) = payload
         .vector
         .parts(left)
         .next()
         .expect("a payload that is not whole");
-    recv(socket, slot.slice_mut(part), RecvFlags::empty()).map(|got| got.0)
+    transport.receive(slot.slice_mut(part))
 }
 
 fn count_request(request: &Request) {
