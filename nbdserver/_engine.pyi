@@ -58,7 +58,8 @@ class File:
         """Wait for running I/O and let the descriptor go."""
 
     def counters(self) -> dict[str, int]:
-        """reads, writes, syncs; of the reads and writes, ``fixed`` ones on registered buffers and ``plain`` ones."""
+        """What the kernel was given to do: reads, writes, syncs; of the reads and writes, ``fixed`` ones on registered
+        buffers and ``plain`` ones. ``bounce_bytes`` were copied: ordinary memory of Python's, and what was padded."""
 
 @final
 class Meter:

@@ -68,7 +68,7 @@ class BufferCounters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests = self._registered = self._kept = 0
+        self._requests = self._registered = self._kept = self._bounced = 0
         self._lost: dict[str, int] = {}
 
     def arrived(self, vector: Vector) -> None:
@@ -86,12 +86,17 @@ class BufferCounters:
             else:
                 self._lost[kind] = self._lost.get(kind, 0) + 1
 
+    def bounced(self, length: int) -> None:
+        """The layer has taken so many bytes of memory, to stand for a request's or beside it."""
+        with self._lock:
+            self._bounced += length
+
     def counts(self) -> dict[str, int | dict[str, int]]:
         """``requests``; of these ``registered`` ones; of what was passed on for those, ``kept`` and, by the kind of the
-        memory that had taken its place, ``lost``."""
+        memory that had taken its place, ``lost``. ``bounce_bytes``: memory that the layer took of its own accord."""
         with self._lock:
             counts: dict[str, int | dict[str, int]] = {"requests": self._requests, "registered": self._registered}
-            return counts | {"kept": self._kept, "lost": dict(self._lost)}
+            return counts | {"kept": self._kept, "lost": dict(self._lost), "bounce_bytes": self._bounced}
 
 
 class Opener(Protocol):
@@ -333,7 +338,8 @@ class Layer:
     # -- for layer code: reaching a child ------------------------------------------------------------------------
 
     def allocate(self, length: int) -> Vector:
-        """Memory for a bounced request (see `Opener.allocate`)."""
+        """Memory for a bounced request (see `Opener.allocate`), which is counted."""
+        self.buffer_counters.bounced(length)
         return self._opener.allocate(length) if self._opener is not None else Vector.of(length)
 
     def pread(self, offset: int, length: int) -> bytes:

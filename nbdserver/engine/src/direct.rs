@@ -10,6 +10,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -85,6 +86,7 @@ pub fn read_padded(
         let start = range.start + (at - offset) as usize;
         let skip = (at - padded.start) as usize;
         copy(&buffer, skip, vector, start, (until - at) as usize);
+        file.counters.bounced.fetch_add(until - at, Relaxed);
         at = until;
     }
     Ok(())
@@ -116,6 +118,7 @@ pub fn write_padded(
         let start = range.start + (at - offset) as usize;
         let skip = (at - padded.start) as usize;
         copy(vector, start, &buffer, skip, (until - at) as usize);
+        file.counters.bounced.fetch_add(until - at, Relaxed);
         file.write_aligned(padded.start, &buffer, 0..buffer.len())?;
         at = until;
     }

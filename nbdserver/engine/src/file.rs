@@ -38,6 +38,8 @@ pub struct Counters {
     pub writes: AtomicU64,
     pub fixed: AtomicU64,
     pub plain: AtomicU64,
+    /// Bytes that were copied, because their own memory would not do.
+    pub bounced: AtomicU64,
     pub syncs: AtomicU64,
 }
 

@@ -211,6 +211,16 @@ impl Use {
 }
 
 impl File {
+    fn segments<'py>(&self, vector: &Bound<'py, PyAny>) -> PyResult<Segments<'py>> {
+        let segments = Segments::of(&self.engine, vector)?;
+        let bounced: usize = segments.foreign.iter().map(|(_, range)| range.len()).sum();
+        self.file
+            .counters
+            .bounced
+            .fetch_add(bounced as u64, Relaxed);
+        Ok(segments)
+    }
+
     fn enter(&self, offset: u64, length: u64) -> users::Use {
         self.engine
             .users
@@ -254,7 +264,7 @@ impl File {
     }
 
     fn read(&self, py: Python<'_>, offset: u64, vector: &Bound<'_, PyAny>) -> PyResult<()> {
-        let segments = Segments::of(&self.engine, vector)?;
+        let segments = self.segments(vector)?;
         let memory = &segments.vector;
         py.detach(|| {
             let _usage = self.enter(offset, memory.len() as u64);
@@ -265,7 +275,7 @@ impl File {
     }
 
     fn write(&self, py: Python<'_>, offset: u64, vector: &Bound<'_, PyAny>) -> PyResult<()> {
-        let segments = Segments::of(&self.engine, vector)?;
+        let segments = self.segments(vector)?;
         segments.bounce_in()?;
         let memory = &segments.vector;
         py.detach(|| {
@@ -339,6 +349,7 @@ impl File {
         dict.set_item("writes", counters.writes.load(Relaxed))?;
         dict.set_item("fixed", counters.fixed.load(Relaxed))?;
         dict.set_item("plain", counters.plain.load(Relaxed))?;
+        dict.set_item("bounce_bytes", counters.bounced.load(Relaxed))?;
         dict.set_item("syncs", counters.syncs.load(Relaxed))?;
         Ok(dict)
     }
