@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Self, final
 
+from nbdserver import extent
 from nbdserver.request import Vector
 
 @final
@@ -68,16 +69,34 @@ class Meter:
     def charge(self, length: int, write: bool) -> None: ...
 
 @final
-class DirtyLog:
-    """Which granules of an export have been written: marked when a write has completed, before it is answered.
+class DirtyBitmap(extent.DirtyBitmap):
+    """`nbdserver.extent.DirtyBitmap`. ValueError for a granularity that is no power of two, and where bytes are not in
+    multiples of 8."""
 
-    What the export grows by counts as written, what it loses is forgotten.
-    """
+    def __new__(cls, size: int, granularity: int) -> DirtyBitmap: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def granularity(self) -> int: ...
+    def mark(self, offset: int, length: int) -> None: ...
+    def merge(self, other: extent.DirtyBitmap) -> None: ...
+    def clear(self) -> None: ...
+    def resize(self, size: int) -> None: ...
+    def count(self) -> int: ...
+    def runs(self, offset: int, length: int, count_max: int) -> list[tuple[int, bool]]: ...
+    def data(self, start: int, length: int) -> bytes: ...
+    def load(self, start: int, data: bytes) -> None: ...
 
-    def take(self) -> list[tuple[int, int]]:
-        """The dirty (offset, length) ranges in order; clean from now on."""
+@final
+class DirtyLog(extent.DirtyLog):
+    """`nbdserver.extent.DirtyLog`."""
 
-    def close(self) -> None: ...
+    @property
+    def number(self) -> int:
+        """What `Export.fill` is told for it."""
+
+    def set(self, bitmaps: Sequence[extent.DirtyBitmap]) -> None: ...
+    def mark(self, offset: int, length: int) -> None: ...
 
 @final
 class Running:
@@ -99,11 +118,12 @@ class Export:
         """How many changes there have been: to be read before resolving, and given to `fill`."""
 
     def fill(
-        self, sequence: int, offset: int, leaves: Sequence[tuple[int, File | int, int, bool, int, int, int]]
+        self, sequence: int, offset: int, leaves: Sequence[tuple[int, File | int, int, bool, int, int, int, int, int]]
     ) -> bool:
-        """Enter (length, target, offset, writable, transform, position, meters) extents, contiguous from ``offset``;
-        a target is a file, 0 for ZERO, or 1 for CODE; transform and meters are numbers of `Engine.add_transform` and
-        `Engine.meters`, or 0. What has changed since ``sequence`` is left out; False if nothing was entered."""
+        """Enter (length, target, offset, writable, transform, position, meters, log, log_position) extents, contiguous
+        from ``offset``; a target is a file, 0 for ZERO, or 1 for CODE; transform, meters and log are the numbers of
+        `Engine.add_transform`, `Engine.meters` and `DirtyLog.number`, or 0. What has changed since ``sequence`` is left
+        out; False if nothing was entered."""
 
     def changed(self, offset: int, length: int) -> None:
         """Drop the range, and number the change. Afterwards no new I/O begins on the old place. Never waits."""
@@ -124,9 +144,6 @@ class Export:
         """Hold new requests up and wait (seconds) until none runs. False: they did not end, and nothing is held."""
 
     def drain_end(self) -> None: ...
-    def dirty_log(self, granularity: int) -> DirtyLog:
-        """Begin a dirty log; ``granularity`` in bytes, a power of two."""
-
     def counters(self) -> dict[str, int]: ...
 
 @final
@@ -291,6 +308,7 @@ class Engine:
     def meters(self, set: Sequence[Meter]) -> int:
         """The number of a set of meters."""
 
+    def new_dirty_log(self) -> DirtyLog: ...
     def open_file(
         self, fd: int, name: str, read_only: bool, *, direct: bool = False, unsafe: bool = False, threads: bool = False
     ) -> File:

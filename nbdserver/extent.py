@@ -9,7 +9,7 @@ An extent is a page-table entry::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -96,6 +96,58 @@ class Meter(Protocol):
 
     def charge(self, length: int, write: bool) -> None:
         """Account for a request of ``length`` bytes, having waited until it may run. Blocks."""
+
+
+class DirtyBitmap(Protocol):
+    """Which parts of a disk have been written: a bit for each ``granularity`` bytes of ``size``.
+
+    Made by `layer.Opener.dirty_bitmap`, all clear; thread-safe. Bytes, unless said otherwise.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def granularity(self) -> int:
+        """A power of two."""
+
+    def mark(self, offset: int, length: int) -> None:
+        """Set the bits of all that the range touches; what passes the end has none."""
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Set the bits that are set in ``other``, which is of the same make, and whose granularity may be another."""
+
+    def clear(self) -> None:
+        """Clear every bit."""
+
+    def resize(self, size: int) -> None:
+        """The disk has another size: what it grows by is clear, what it loses is forgotten."""
+
+    def count(self) -> int:
+        """How many bits are set."""
+
+    def runs(self, offset: int, length: int, count_max: int) -> list[tuple[int, bool]]:
+        """(length, is dirty) runs from ``offset`` on, neighbours unlike, that cover the range exactly; but at most
+        ``count_max`` of them. What passes the end is clean."""
+
+    def data(self, start: int, length: int) -> bytes:
+        """``length`` bytes from byte ``start`` on (multiples of 8) of all bits in a row: eight a byte, the lowest
+        first. Zeroes behind the last."""
+
+    def load(self, start: int, data: bytes) -> None:
+        """Set the bits that are set in ``data``, which lies as `data` gives it."""
+
+
+class DirtyLog(Protocol):
+    """What writes to a layer are marked in, whichever way they come: when they have completed (or failed, perhaps
+    half-way) and before they are answered. Made by `layer.Opener.dirty_log`, for `layer.Layer.dirty_log`; thread-safe.
+    """
+
+    def set(self, bitmaps: Sequence[DirtyBitmap]) -> None:
+        """Mark in these bitmaps from now on, and in no others."""
+
+    def mark(self, offset: int, length: int) -> None:
+        """``length`` bytes at ``offset`` of the layer have been written, zeroed or trimmed."""
 
 
 class OpenFile(Protocol):

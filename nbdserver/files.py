@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nbdserver import registry
+from nbdserver import dirty, registry
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import FILE_MODE, FileMode, Meter, MeterLimits, OpenFile
+from nbdserver.extent import FILE_MODE, DirtyBitmap, DirtyLog, FileMode, Meter, MeterLimits, OpenFile
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_MAX, STATUS_COUNT_MAX, ZERO_PIECE
@@ -448,12 +448,15 @@ class FileOpener:
         read_only: bool = False,
         allocate: Callable[[int], Vector] = Vector.of,
         meter: Callable[[MeterLimits], Meter] | None = None,
+        dirty_bitmap: Callable[[int, int], DirtyBitmap] = dirty.Bitmap,
+        dirty_log: Callable[[], DirtyLog] = dirty.Log,
     ) -> None:
         self._graph, self._files = graph, files
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self.read_only = read_only
         self._allocate = allocate
         self._meter = meter
+        self.dirty_bitmap, self.dirty_log = dirty_bitmap, dirty_log
         sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_COUNT_MAX))
         #: How the file was opened of the image that this opener opens: those that it names are opened likewise.
         self._mode = FILE_MODE
@@ -510,7 +513,13 @@ class FileOpener:
                     if self._graph.share(shared):
                         return shared
             opener = FileOpener(
-                self._graph, self._files, read_only=read_only, allocate=self._allocate, meter=self._meter
+                self._graph,
+                self._files,
+                read_only=read_only,
+                allocate=self._allocate,
+                meter=self._meter,
+                dirty_bitmap=self.dirty_bitmap,
+                dirty_log=self.dirty_log,
             )
             opener._roots, opener._chain = roots, (*chain, identity)
             layer = registry.image(path, format, self._mode)

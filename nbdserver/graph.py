@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from nbdserver import flags
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, ZERO, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
+from nbdserver.extent import CODE, ZERO, DirtyLog, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DEPTH_MAX
 from nbdserver.request import Flag, Operation, Request, Vector, check_flag, debug
@@ -29,8 +29,8 @@ class Leaf(NamedTuple):
     """The end of a page walk. ``target`` is an open file, ZERO, or CODE; for CODE, ``layer`` is the one to call
     and ``offset`` lies in it.
 
-    ``transform`` and ``meters`` were gathered on the way, top to bottom; ``position`` is where the leaf begins in the
-    layer that set the transform.
+    ``transform``, ``meters`` and ``logs`` were gathered on the way, top to bottom; ``position`` is where the leaf
+    begins in the layer that set the transform, and each log comes with where it begins in the log's layer.
     """
 
     length: int
@@ -41,6 +41,7 @@ class Leaf(NamedTuple):
     transform: Transform | None = None
     position: int = 0
     meters: tuple[Meter, ...] = ()
+    logs: tuple[tuple[DirtyLog, int], ...] = ()
 
 
 INTENTS = {
@@ -60,6 +61,8 @@ class _Level:
     here: int
     writable: bool
     meters: tuple[Meter, ...] = ()
+    #: The dirty logs of this layer and those above, and how far ahead of its offsets those of their layers are.
+    logs: tuple[tuple[DirtyLog, int], ...] = ()
     #: The transform set above, by which layer, and where in that the walk is.
     transform: Transform | None = None
     top: Layer | None = None
@@ -76,7 +79,7 @@ def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transform
     ExtentLawError for a layer that breaks the law.
     """
     # An explicit stack of generators, so that a chain of a thousand images needs no recursion.
-    stack = [_Level(layer, _answers(layer, offset, length, intent), offset, True)]
+    stack = [_Level(layer, _answers(layer, offset, length, intent), offset, True, logs=_own_log(layer))]
     while stack:
         level = stack[-1]
         extent = next(level.extents, None)
@@ -95,28 +98,34 @@ def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transform
                 transform, top, lifted = through, level.owner, here
         elif through is not None:
             meters = (*meters, through)
+        marks = tuple((log, here + ahead) for log, ahead in level.logs)
         target = extent.target
         if not mapped:
             code, at = (level.owner, here) if top is None else (top, lifted)
-            yield Leaf(extent.length, CODE, at, False, code, meters=meters)
+            yield Leaf(extent.length, CODE, at, False, code, meters=meters, logs=marks)
         elif isinstance(target, Layer):
             if len(stack) >= DEPTH_MAX:
                 raise ImageError(f"layers nest deeper than {DEPTH_MAX}", path=layer.filename)
             child = target.layer if isinstance(target, Child) else target
             below = clip(_answers(child, extent.offset, extent.length, intent), extent.length)
             writable = level.writable and extent.writable
-            stack.append(_Level(child, below, extent.offset, writable, meters, transform, top, lifted))
+            logs = (*((log, at - extent.offset) for log, at in marks), *_own_log(child))
+            stack.append(_Level(child, below, extent.offset, writable, meters, logs, transform, top, lifted))
         elif target is ZERO:
             yield Leaf(extent.length, ZERO, 0, False, None, meters=meters)
         else:
             assert not isinstance(target, Special)
             writable = level.writable and extent.writable
             position = lifted if transform is not None else 0
-            yield Leaf(extent.length, target, extent.offset, writable, None, transform, position, meters)
+            yield Leaf(extent.length, target, extent.offset, writable, None, transform, position, meters, marks)
 
 
 def _answers(layer: Layer, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
     return lawful(layer.resolve(offset, length, intent), offset, length, layer.size, layer.type)
+
+
+def _own_log(layer: Layer) -> tuple[tuple[DirtyLog, int], ...]:
+    return ((layer.dirty_log, 0),) if layer.dirty_log is not None else ()
 
 
 def execute(layer: Layer, request: Request) -> None:
@@ -145,7 +154,7 @@ def execute(layer: Layer, request: Request) -> None:
     while done < request.length:
         seen = layer.changes
         at, left = request.offset + done, request.length - done
-        by_code = (Leaf(left, CODE, at, False, layer),)
+        by_code = (Leaf(left, CODE, at, False, layer, logs=tuple((log, at) for log, _ in _own_log(layer))),)
         for leaf in by_code if demands else flatten(layer, at, left, intent, transforms=False):
             part = request.slice(done, min(leaf.length, request.length - done))
             if not _run(layer, leaf, part, seen):
@@ -167,7 +176,8 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         assert leaf.layer is not None
         if leaf.layer is not layer:
             _arrive(leaf.layer, part, "is passed to its code")
-        _call(leaf.layer, flags.passed(leaf.layer, part).moved(leaf.offset))
+        with _marked(leaf, part):
+            _call(leaf.layer, flags.passed(leaf.layer, part).moved(leaf.offset))
         return True
     if leaf.target is ZERO:
         if layer.changes != seen:
@@ -184,21 +194,40 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
             return False
         if part.vector.registered:
             layer.buffer_counters.passed(part.vector)
-        if operation is Operation.READ:
-            file.read(leaf.offset, part.vector)
-        elif operation is Operation.WRITE:
-            assert leaf.writable, "resolve(WRITE) answered a place that is not writable"
-            file.write(leaf.offset, part.vector)
-        elif operation is Operation.ZERO:
-            file.zero(
-                leaf.offset,
-                part.length,
-                may_unmap=bool(part.flags & Flag.MAY_UNMAP),
-                no_fallback=bool(part.flags & Flag.NO_FALLBACK),
-            )
-        else:
-            file.discard(leaf.offset, part.length)
+        with _marked(leaf, part):
+            _run_on_file(file, leaf, part)
     return True
+
+
+def _run_on_file(file: OpenFile, leaf: Leaf, part: Request) -> None:
+    if part.operation is Operation.READ:
+        file.read(leaf.offset, part.vector)
+    elif part.operation is Operation.WRITE:
+        assert leaf.writable, "resolve(WRITE) answered a place that is not writable"
+        file.write(leaf.offset, part.vector)
+    elif part.operation is Operation.ZERO:
+        file.zero(
+            leaf.offset,
+            part.length,
+            may_unmap=bool(part.flags & Flag.MAY_UNMAP),
+            no_fallback=bool(part.flags & Flag.NO_FALLBACK),
+        )
+    else:
+        file.discard(leaf.offset, part.length)
+
+
+@contextlib.contextmanager
+def _marked(leaf: Leaf, part: Request) -> Iterator[None]:
+    """Mark a leaf's part in the dirty logs when the block has ended, however it has: it may have been done in part.
+
+    What leaves the content as it is (a copy on read) is no change.
+    """
+    try:
+        yield
+    finally:
+        if part.operation is not Operation.READ and Flag.WRITE_UNCHANGED not in part.asked_flags:
+            for log, position in leaf.logs:
+                log.mark(position, part.length)
 
 
 class _Hop(threading.local):

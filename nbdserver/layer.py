@@ -26,7 +26,19 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, ParamSpec, Protocol
 
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, FILE_MODE, Extent, FileMode, Intent, Meter, MeterLimits, OpenFile, Special
+from nbdserver.extent import (
+    CODE,
+    FILE_MODE,
+    DirtyBitmap,
+    DirtyLog,
+    Extent,
+    FileMode,
+    Intent,
+    Meter,
+    MeterLimits,
+    OpenFile,
+    Special,
+)
 from nbdserver.limits import ZERO_PIECE
 from nbdserver.request import Flag, Request, Vector
 
@@ -130,6 +142,12 @@ class Opener(Protocol):
     def meter(self, limits: MeterLimits) -> Meter:
         """A meter, for extents to go through. The reference executor's never waits."""
 
+    def dirty_bitmap(self, size: int, granularity: int) -> DirtyBitmap:
+        """A bitmap, all clear, of a disk of ``size`` bytes; ``granularity``: a power of two."""
+
+    def dirty_log(self) -> DirtyLog:
+        """A log, for `Layer.dirty_log`, that marks in no bitmap yet."""
+
     def allocate(self, length: int) -> Vector:
         """Memory for a bounced request: from the registered pool while that has room, else ordinary memory."""
 
@@ -165,6 +183,9 @@ class Layer:
         #: How often the mapping of this layer, or of anything below it, has changed. See `graph.execute`.
         self.changes = 0
         self.buffer_counters = BufferCounters()
+        #: What writes, zeroing and trimming of this layer are marked in, at its own offsets; None: nothing. It is
+        #: another one for all that is resolved after `changed`.
+        self.dirty_log: DirtyLog | None = None
 
     # -- life ------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from nbdserver import _engine
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
-from nbdserver.extent import CODE, ZERO, FileMode, Intent, MeterLimits, Transform
+from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph, Leaf, execute, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, StartTls, TlsMode
@@ -63,7 +63,8 @@ ENGINE_CODE: Final = 1
 
 _log = logging.getLogger("nbdserver")
 
-EngineLeaf = tuple[int, "_engine.File | int", int, bool, int, int, int]
+#: See `_engine.Export.fill`.
+EngineLeaf = tuple[int, "_engine.File | int", int, bool, int, int, int, int, int]
 
 
 class Effects:
@@ -77,14 +78,30 @@ class Effects:
         """A leaf as the engine takes it; what it cannot do itself is called through Python."""
         meters = [meter for meter in leaf.meters if isinstance(meter, _engine.Meter)]
         if len(meters) < len(leaf.meters) or leaf.target is CODE:
-            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0)
+            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0, 0, 0)
         metered = self._engine.meters(meters) if meters else 0
         if leaf.target is ZERO:
-            return (leaf.length, ENGINE_ZERO, 0, False, 0, 0, metered)
+            return (leaf.length, ENGINE_ZERO, 0, False, 0, 0, metered, 0, 0)
         if not isinstance(leaf.target, _engine.File):
-            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0)
+            return (leaf.length, ENGINE_CODE, 0, False, 0, 0, 0, 0, 0)
         transform = self._number(leaf.transform) if leaf.transform is not None else 0
-        return (leaf.length, leaf.target, leaf.offset, leaf.writable, transform, leaf.position, metered)
+        log, marked_from = self._mark(leaf) or (0, 0)
+        writable = self.is_writable(leaf)
+        return (
+            *(leaf.length, leaf.target, leaf.offset, writable),
+            *(transform, leaf.position, metered, log, marked_from),
+        )
+
+    def is_writable(self, leaf: Leaf) -> bool:
+        """Whether the engine may write there, and mark it where that is due: in one log, but no more."""
+        return leaf.writable and isinstance(leaf.target, _engine.File) and self._mark(leaf) is not None
+
+    def _mark(self, leaf: Leaf) -> tuple[int, int] | None:
+        """(number of a log or 0, where in its layer the leaf begins); None if that is not all."""
+        if not leaf.logs:
+            return 0, 0
+        log, position = leaf.logs[0]
+        return (log.number, position) if len(leaf.logs) == 1 and isinstance(log, _engine.DirtyLog) else None
 
     def _number(self, transform: Transform) -> int:
         number = self._transforms.get(transform)
@@ -95,7 +112,7 @@ class Effects:
 
 
 class Supplies:
-    """What layers are given of the engine's: files, memory, meters.
+    """What layers are given of the engine's: files, memory, meters, dirty bitmaps and logs.
 
     Not methods of the server: by them a layer would keep it alive, and the engine's memory with it.
     """
@@ -123,6 +140,12 @@ class Supplies:
     def meter(self, limits: MeterLimits) -> _engine.Meter:
         *buckets, iops_size = limits
         return self._engine.new_meter(buckets, iops_size)
+
+    def dirty_bitmap(self, size: int, granularity: int) -> DirtyBitmap:
+        return _engine.DirtyBitmap(size, granularity)
+
+    def dirty_log(self) -> _engine.DirtyLog:
+        return self._engine.new_dirty_log()
 
 
 class Removal(enum.Enum):
@@ -234,7 +257,7 @@ class Export:
         leaves: list[EngineLeaf] = []
         covered = ahead = 0
         for leaf in flatten(self.root, offset, length, Intent.WRITE):
-            if not (leaf.writable and isinstance(leaf.target, _engine.File)):
+            if not self._effects.is_writable(leaf):
                 break
             leaves.append(self._effects.leaf(leaf))
             covered += leaf.length
@@ -250,7 +273,7 @@ class Export:
         is, but not nothing."""
         count = 0
         for leaf in flatten(self.root, offset, length, Intent.WRITE):
-            if count and leaf.writable and isinstance(leaf.target, _engine.File):
+            if count and self._effects.is_writable(leaf):
                 break
             count += leaf.length
             if count >= length:
@@ -441,6 +464,8 @@ class Server:
             read_only=read_only,
             allocate=self._supplies.allocate,
             meter=self._supplies.meter,
+            dirty_bitmap=self._supplies.dirty_bitmap,
+            dirty_log=self._supplies.dirty_log,
         )
 
     def change(

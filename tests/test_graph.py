@@ -13,6 +13,7 @@ import pytest
 
 from layers.memory import Memory
 from layers.raw import Raw
+from nbdserver.dirty import Log
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, Extent, ExtentLawError, Intent
 from nbdserver.files import FileOpener, Files, PlainFile
@@ -496,6 +497,80 @@ def test_a_layer_that_is_closed_is_told_no_more() -> None:
 
 
 # -- inherited answers ---------------------------------------------------------------------------------------------
+
+
+# -- dirty logs ------------------------------------------------------------------------------------------------------
+
+
+class NotingLog(Log):
+    """A log that notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[tuple[int, int]] = []
+
+    def mark(self, offset: int, length: int) -> None:
+        self.marks.append((offset, length))
+
+
+def logged(layer: Layer) -> list[tuple[int, int]]:
+    """Give the layer a log; what is marked there."""
+    log = layer.dirty_log = NotingLog()
+    return log.marks
+
+
+def test_a_leaf_tells_where_it_lies_in_each_layer_with_a_log(file: PlainFile) -> None:
+    bottom = Table([Extent(100, file, 1000, True)])
+    middle = Table([Extent(10, ZERO), Extent(50, bottom, 20, True)])
+    top = Table([Extent(30, middle, 15, True), Extent(7, CODE)])
+    logged(bottom), logged(top)
+    leaves = list(flatten(top, 3, 34, Intent.READ))
+    assert [leaf.logs for leaf in leaves] == [((top.dirty_log, 3), (bottom.dirty_log, 28)), ((top.dirty_log, 30),)]
+    assert [leaf.logs for leaf in flatten(middle, 0, 20, Intent.READ)] == [(), ((bottom.dirty_log, 20),)]
+
+
+def test_all_that_changes_a_layer_is_marked_and_reading_is_not(file: PlainFile) -> None:
+    bottom = Table([Extent(100, file, 1000, True), Extent(100, CODE)])
+    top = Table([Extent(150, bottom, 50, True)])
+    above, below = logged(top), logged(bottom)
+    execute(top, Request.read(0, Vector.of(150)))
+    assert not above and not below
+    execute(top, Request.write(40, Vector.of(20)))
+    assert above == [(40, 10), (50, 10)] and below == [(90, 10), (100, 10)]
+    for request in (Request.zero(0, 5), Request.trim(1, 5)):
+        execute(bottom, request)
+    assert below[2:] == [(0, 5), (1, 5)] and len(above) == 2
+
+
+def test_what_leaves_the_content_as_it_is_is_not_marked(file: PlainFile) -> None:
+    layer = Table([Extent(100, file, 1000, True)])
+    marks = logged(layer)
+    execute(layer, Request.write(0, Vector.of(10), Flag.WRITE_UNCHANGED))
+    assert not marks
+
+
+def test_what_failed_is_marked_all_the_same(file: PlainFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "the storage fails")
+
+    layer = Table([Extent(100, file, 0, True), Extent(100, CODE)])
+    marks = logged(layer)
+    monkeypatch.setattr(layer, "write", fail)
+    with pytest.raises(OSError):
+        execute(layer, Request.write(90, Vector.of(20)))
+    assert marks == [(90, 10), (100, 10)]
+    monkeypatch.setattr(file, "write", fail)
+    with pytest.raises(OSError):
+        execute(layer, Request.write(0, Vector.of(20)))
+    assert marks[2:] == [(0, 20)]
+
+
+def test_what_only_a_layers_code_can_do_is_marked(file: PlainFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Table([Extent(100, file, 0, True)])
+    monkeypatch.setattr(Table, "supported_write_flags", Flag.WRITE_COMPRESSED)
+    marks = logged(layer)
+    execute(layer, Request.write(30, Vector.of(20), Flag.WRITE_COMPRESSED))
+    assert layer.calls == [("write", 30, 20)] and marks == [(30, 20)]
 
 
 def test_status_follows_resolve(file: PlainFile) -> None:

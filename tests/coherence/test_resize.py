@@ -90,16 +90,6 @@ def test_a_resize_waits_for_requests_that_run(server: Server) -> None:
     assert server.exports["disk"].info.size == PAGE
 
 
-def test_a_dirty_log_follows_the_size(server: Server) -> None:
-    log = server.exports["disk"].engine_export.dirty_log(PAGE)
-    client = connect(server)
-    server.resize("disk", 100 * SIZE)
-    assert log.take() == [(SIZE, 99 * SIZE)]
-    client.request(WRITE, 99 * SIZE, PAGE, data=b"n" * PAGE)
-    assert client.reply()[1] == 0
-    assert log.take() == [(99 * SIZE, PAGE)]
-
-
 def test_layers_that_cannot_be_resized_stay_what_they_are(nbd_server: NbdServers, disk: Path) -> None:
     server, _ = nbd_server.start(Raw(file=File(path=str(disk)), size=PAGE), name="disk")
     with pytest.raises(RequestError, match="cannot be resized"):

@@ -17,6 +17,7 @@ import pytest
 from layers.file import File
 from layers.raw import Raw
 from nbdserver import _engine
+from nbdserver.extent import DirtyBitmap
 from nbdserver.request import Request
 from nbdserver.server import Export
 from nbdserver.testing import NbdServers
@@ -29,6 +30,23 @@ PAGES = 16
 def letter(page: int) -> bytes:
     """What is in page ``page`` of the file to begin with."""
     return bytes([ord("A") + page]) * PAGE
+
+
+class Dirty:
+    """A bitmap that a test looks at."""
+
+    def __init__(self, bitmap: DirtyBitmap) -> None:
+        self.bitmap = bitmap
+
+    def take(self) -> list[tuple[int, int]]:
+        """The dirty (offset, length) runs, which are clean from now on."""
+        at, found = 0, []
+        for length, dirty in self.bitmap.runs(0, self.bitmap.size, 1000):
+            if dirty:
+                found.append((at, length))
+            at += length
+        self.bitmap.clear()
+        return found
 
 
 class Stage:
@@ -77,6 +95,16 @@ class Stage:
         """Change a mapping as a layer does: the table, then ``changed``."""
         self.pages.table[page] = place
         self.pages.changed(page * PAGE, PAGE)
+
+    def track(self, granularity: int = PAGE) -> Dirty:
+        """Have writes marked from now on."""
+        opener = self.pages._opener
+        assert opener is not None
+        bitmap, log = opener.dirty_bitmap(self.pages.size, granularity), opener.dirty_log()
+        log.set([bitmap])
+        self.pages.dirty_log = log
+        self.pages.changed(0, self.pages.size)
+        return Dirty(bitmap)
 
     def on_disk(self, place: int) -> bytes:
         return self.path.read_bytes()[place * PAGE : (place + 1) * PAGE]
@@ -299,31 +327,37 @@ def test_a_write_that_waits_for_a_drained_section_is_done_after_it(stage: Stage)
 
 
 def test_a_write_is_marked_dirty_when_it_has_completed_and_before_it_is_answered(stage: Stage) -> None:
+    dirty = stage.track()
     stage.write(0, letter(1))
-    log = stage.export.engine_export.dirty_log(PAGE)
+    assert dirty.take() == [(0, PAGE)]
     with stopped_at("worker.write") as stop:
         stage.client.request(WRITE, 2 * PAGE, PAGE, data=letter(10))
         assert stop.wait_reached(SOON)  # type: ignore[attr-defined]
-        assert log.take() == [], "a copy made now would miss the write and be called clean"
+        assert dirty.take() == [], "a copy made now would miss the write and be called clean"
     assert stage.client.reply()[1] == 0
-    assert log.take() == [(2 * PAGE, PAGE)]
-    assert log.take() == []
-    log.close()
-    stage.write(0, letter(1))
-    assert log.take() == []
+    assert dirty.take() == [(2 * PAGE, PAGE)]
+    with stopped_at("log.mark") as stop:
+        stage.client.request(WRITE, 4 * PAGE, PAGE, data=letter(10))
+        assert stop.wait_reached(SOON)  # type: ignore[attr-defined]
+        stage.client.socket.settimeout(LITTLE)
+        with pytest.raises(TimeoutError):
+            stage.client.reply()
+        stage.client.socket.settimeout(SOON)
+    assert stage.client.reply()[1] == 0
+    assert dirty.take() == [(4 * PAGE, PAGE)]
 
 
 def test_a_write_through_python_is_marked_too(stage: Stage) -> None:
     stage.pages.code.add(4)
     stage.pages.writable.discard(4)
-    log = stage.export.engine_export.dirty_log(2 * PAGE)
+    dirty = stage.track(2 * PAGE)
     stage.pages.writing.close()
     stage.client.request(WRITE, 4 * PAGE, PAGE, data=letter(10))
     stage.pages.writing.wait_reached()
-    assert log.take() == []
+    assert dirty.take() == []
     stage.pages.writing.open()
     assert stage.client.reply()[1] == 0
-    assert log.take() == [(4 * PAGE, 2 * PAGE)]
+    assert dirty.take() == [(4 * PAGE, 2 * PAGE)]
 
 
 def test_a_write_that_failed_half_way_is_marked_for_what_it_did(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,11 +366,11 @@ def test_a_write_that_failed_half_way_is_marked_for_what_it_did(stage: Stage, mo
 
     monkeypatch.setattr(stage.pages, "write", fail)
     stage.pages.writable.discard(1)
-    log = stage.export.engine_export.dirty_log(PAGE)
+    dirty = stage.track()
     stage.client.request(WRITE, 0, 2 * PAGE, data=letter(10) * 2)
     assert stage.client.reply()[1] == errno.EIO
     assert stage.on_disk(0) == letter(10), "the first page was written in place"
-    assert log.take()[0] == (0, 2 * PAGE), "or a mirror would keep the old page"
+    assert dirty.take()[0] == (0, 2 * PAGE), "or a mirror would keep the old page"
 
 
 # -- 8. replies ------------------------------------------------------------------------------------------------------

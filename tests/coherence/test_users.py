@@ -88,8 +88,9 @@ def test_a_drained_section_waits_for_a_read_that_blocks(nbd_server: NbdServers, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_write_that_blocks_is_marked_dirty(nbd_server: NbdServers, tmp_path: Path, backend: str) -> None:
     stage = Stage(nbd_server, tmp_path, backend=backend)
+    dirty = stage.track()
     stage.write(0, letter(1))
-    log = stage.export.engine_export.dirty_log(PAGE)
+    dirty.take()
     # After a write that was slow the next ones are not made on a worker, for a while that is short: try again.
     for _ in range(20):
         with stopped_at("file.write") as slow:
@@ -97,14 +98,14 @@ def test_a_write_that_blocks_is_marked_dirty(nbd_server: NbdServers, tmp_path: P
             assert slow.wait_reached(SOON)  # type: ignore[attr-defined]
             time.sleep(0.01)
         assert stage.client.reply()[1] == 0
-        log.take()
+        dirty.take()
         with stopped_at(ELSEWHERE[backend]) as stop:
             stage.client.request(WRITE, PAGE, PAGE, data=letter(3))
             went_elsewhere = stop.wait_reached(LITTLE)  # type: ignore[attr-defined]
             if went_elsewhere:
-                assert log.take() == []
+                assert dirty.take() == []
         assert stage.client.reply()[1] == 0
-        assert log.take() == [(PAGE, PAGE)]
+        assert dirty.take() == [(PAGE, PAGE)]
         if went_elsewhere:
             return
     pytest.fail("no write was made elsewhere")
@@ -134,15 +135,16 @@ def test_looking_up_a_writable_place_and_becoming_its_user_is_one_step(stage: St
 
 
 def test_a_place_counts_as_used_until_the_write_to_it_is_marked_dirty(stage: Stage) -> None:
+    dirty = stage.track()
     stage.write(0, letter(1))
-    log = stage.export.engine_export.dirty_log(PAGE)
-    with stopped_at("export.written") as stop:
+    dirty.take()
+    with stopped_at("log.mark") as stop:
         stage.client.request(WRITE, 0, PAGE, data=letter(2))
         assert stop.wait_reached(SOON)  # type: ignore[attr-defined]
         relying = Background(stage.file.wait_unused, 0, PAGE)
         assert not relying.is_done(), "who has waited reads the log, and would miss this write"
     relying.finish()
-    assert log.take() == [(0, PAGE)]
+    assert dirty.take() == [(0, PAGE)]
     assert stage.client.reply()[1] == 0
 
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::dirty::Log;
 use crate::export::Export;
 use crate::extents::FileId;
 use crate::fault::Faults;
@@ -68,11 +69,12 @@ pub struct Files {
     next: AtomicU32,
 }
 
-/// Transforms and sets of meters by number, from 1 on: what extents name. They live as long as the engine.
+/// Transforms, sets of meters and dirty logs by number, from 1 on: what extents name. They live as long as the engine.
 #[derive(Default)]
 pub struct Effects {
     transforms: RwLock<Vec<Arc<Transform>>>,
     meters: RwLock<Vec<Arc<[Arc<Meter>]>>>,
+    logs: RwLock<Vec<Arc<Log>>>,
 }
 
 impl Effects {
@@ -84,6 +86,17 @@ impl Effects {
     pub fn meters(&self, number: u32) -> Option<Arc<[Arc<Meter>]>> {
         let index = number.checked_sub(1)? as usize;
         self.meters.read().unwrap().get(index).cloned()
+    }
+
+    pub fn log(&self, number: u32) -> Option<Arc<Log>> {
+        let index = number.checked_sub(1)? as usize;
+        self.logs.read().unwrap().get(index).cloned()
+    }
+
+    pub fn add_log(&self, log: Arc<Log>) -> u32 {
+        let mut logs = self.logs.write().unwrap();
+        logs.push(log);
+        logs.len() as u32
     }
 
     pub fn add_transform(&self, transform: Transform) -> u32 {

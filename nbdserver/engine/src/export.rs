@@ -1,4 +1,4 @@
-//! An export as the engine knows it: a size, a cache of extents, a gate, dirty logs, counters.
+//! An export as the engine knows it: a size, a cache of extents, a gate, counters.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
@@ -8,7 +8,7 @@ use crate::extents::{Cache, Piece, Target};
 use crate::users::{Use, Users};
 use crate::worker::Inbox;
 
-/// Extents cached for one export: at about 64 bytes each, 64 MiB at the most.
+/// Extents cached for one export: at about 80 bytes each, 80 MiB at the most.
 const CACHE_ENTRIES_MAX: usize = 1 << 20;
 
 /// What happened, per export. `hits` are requests answered without Python; the others count calls into it.
@@ -49,8 +49,6 @@ pub struct Export {
     gate: Mutex<Gate>,
     drained: Condvar,
     opened: Condvar,
-    logging: AtomicBool,
-    logs: RwLock<Vec<Arc<DirtyLog>>>,
 }
 
 /// A request that runs on an export; drained sections wait for its end.
@@ -83,8 +81,6 @@ impl Export {
             gate: Mutex::default(),
             drained: Condvar::new(),
             opened: Condvar::new(),
-            logging: AtomicBool::new(false),
-            logs: RwLock::default(),
         }
     }
 
@@ -93,13 +89,9 @@ impl Export {
         self.size.load(SeqCst)
     }
 
-    /// The disk has another size: to be called in a drained section. What it has grown by counts as written.
+    /// The disk has another size: to be called in a drained section.
     pub fn resize(&self, size: u64) {
-        let logs = self.logs.read().unwrap(); // no log begins meanwhile
         self.size.store(size, SeqCst);
-        for log in logs.iter() {
-            log.resize(size);
-        }
     }
 
     // -- extents ---------------------------------------------------------------------------------------------
@@ -249,33 +241,6 @@ impl Export {
             }
         }
     }
-
-    // -- dirty logs ------------------------------------------------------------------------------------------
-
-    /// Begin a log; `granularity` in bytes, a power of two.
-    pub fn new_log(&self, granularity: u64) -> Arc<DirtyLog> {
-        let mut logs = self.logs.write().unwrap();
-        let log = Arc::new(DirtyLog::new(self.size(), granularity));
-        logs.push(log.clone());
-        self.logging.store(true, SeqCst);
-        log
-    }
-
-    pub fn remove_log(&self, log: &Arc<DirtyLog>) {
-        let mut logs = self.logs.write().unwrap();
-        logs.retain(|other| !Arc::ptr_eq(other, log));
-        self.logging.store(!logs.is_empty(), SeqCst);
-    }
-
-    /// A range has been written (zeroed, trimmed): called when that has completed and before it is answered.
-    pub fn written(&self, offset: u64, length: u64) {
-        if self.logging.load(SeqCst) {
-            crate::points::reached("export.written");
-            for log in self.logs.read().unwrap().iter() {
-                log.mark(offset, length);
-            }
-        }
-    }
 }
 
 impl Place {
@@ -287,90 +252,6 @@ impl Place {
             Target::Zero | Target::Code => None,
         };
         Place { piece, usage }
-    }
-}
-
-/// Which granules of an export have been written since each was last taken: a bit a granule.
-pub struct DirtyLog {
-    granularity: u64,
-    bits: RwLock<Bits>,
-}
-
-struct Bits {
-    /// The disk's size, bytes. No bit is set of a granule past it.
-    size: u64,
-    words: Vec<AtomicU64>,
-}
-
-impl DirtyLog {
-    fn new(size: u64, granularity: u64) -> DirtyLog {
-        assert!(granularity.is_power_of_two());
-        let bits = Bits {
-            size: 0,
-            words: Vec::new(),
-        };
-        let log = DirtyLog {
-            granularity,
-            bits: RwLock::new(bits),
-        };
-        log.bits.write().unwrap().set_size(size, granularity);
-        log
-    }
-
-    fn mark(&self, offset: u64, length: u64) {
-        self.bits
-            .read()
-            .unwrap()
-            .mark(offset, length, self.granularity);
-    }
-
-    /// Marks what the disk has grown by: who follows it has never seen that. Forgets what it has lost.
-    fn resize(&self, size: u64) {
-        let mut bits = self.bits.write().unwrap();
-        let before = bits.size;
-        bits.set_size(size, self.granularity);
-        bits.mark(before, size.saturating_sub(before), self.granularity);
-    }
-
-    /// The dirty ranges as (offset, length), and clean from now on.
-    pub fn take(&self) -> Vec<(u64, u64)> {
-        let bits = self.bits.read().unwrap();
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for (index, word) in bits.words.iter().enumerate() {
-            let set = word.swap(0, SeqCst);
-            for bit in (0..64).filter(|bit| set >> bit & 1 == 1) {
-                let at = (index as u64 * 64 + bit) * self.granularity;
-                let taken = self.granularity.min(bits.size - at);
-                match runs.last_mut() {
-                    Some((start, length)) if *start + *length == at => *length += taken,
-                    _ => runs.push((at, taken)),
-                }
-            }
-        }
-        runs
-    }
-}
-
-impl Bits {
-    fn set_size(&mut self, size: u64, granularity: u64) {
-        let granules = size.div_ceil(granularity);
-        let words = granules.div_ceil(64) as usize;
-        self.size = size;
-        self.words.resize_with(words, AtomicU64::default);
-        if !granules.is_multiple_of(64) {
-            *self.words[words - 1].get_mut() &= (1 << (granules % 64)) - 1;
-        }
-    }
-
-    /// Marks what lies within the disk.
-    fn mark(&self, offset: u64, length: u64, granularity: u64) {
-        let end = offset.saturating_add(length).min(self.size);
-        if offset >= end {
-            return;
-        }
-        for granule in offset / granularity..=(end - 1) / granularity {
-            self.words[(granule / 64) as usize].fetch_or(1 << (granule % 64), SeqCst);
-        }
     }
 }
 

@@ -67,6 +67,10 @@ pub struct Through {
     /// Where the piece begins in the space that the transform counts in.
     pub position: u64,
     pub meters: u32,
+    /// The dirty log that writes are marked in.
+    pub log: u32,
+    /// Where the piece begins in the space that the log counts in.
+    pub log_position: u64,
 }
 
 impl Through {
@@ -74,6 +78,9 @@ impl Through {
     fn advanced(mut self, distance: u64) -> Option<Through> {
         if self.transform != 0 {
             self.position = self.position.checked_add(distance)?;
+        }
+        if self.log != 0 {
+            self.log_position = self.log_position.checked_add(distance)?;
         }
         Some(self)
     }
@@ -444,7 +451,7 @@ mod tests {
         let through = |position| Through {
             transform: 1,
             position,
-            meters: 0,
+            ..Through::default()
         };
         let at = |offset, length, position| Piece {
             through: through(position),

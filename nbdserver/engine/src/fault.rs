@@ -307,12 +307,6 @@ impl Fault {
     }
 
     fn leave(&self, request: &Request) {
-        if matches!(
-            request.header.command,
-            command::WRITE | command::WRITE_ZEROES | command::TRIM
-        ) {
-            request.written();
-        }
         request.export.faulting.fetch_sub(1, SeqCst);
         self.engine.faults.left();
     }

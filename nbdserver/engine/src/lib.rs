@@ -4,6 +4,7 @@ mod buddies;
 mod client;
 mod connection;
 mod direct;
+mod dirty;
 mod engine;
 mod export;
 mod extents;
@@ -378,31 +379,16 @@ impl Running {
     }
 }
 
-#[pyclass(frozen, module = "nbdserver._engine")]
-struct DirtyLog {
-    export: Arc<export::Export>,
-    log: Arc<export::DirtyLog>,
-}
-
-#[pymethods]
-impl DirtyLog {
-    fn take(&self) -> Vec<(u64, u64)> {
-        self.log.take()
-    }
-
-    fn close(&self) {
-        self.export.remove_log(&self.log);
-    }
-}
-
-/// Extents as Python says them: (length, target, offset, writable, transform, position, meters), the target a file of the
-/// engine's, 0 for ZERO or 1 for CODE; transform and meters are numbers of `Engine.add_transform` and `Engine.meters`.
+/// Extents as Python says them: (length, target, offset, writable, transform, position, meters, log, log_position), the
+/// target a file of the engine's, 0 for ZERO or 1 for CODE; the numbers are those of `Engine.add_transform`,
+/// `Engine.meters` and `DirtyLog.number`.
 fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
-    type Leaf<'py> = (u64, Bound<'py, PyAny>, u64, bool, u32, u64, u32);
+    type Leaf<'py> = (u64, Bound<'py, PyAny>, u64, bool, u32, u64, u32, u32, u64);
     let mut pieces = Vec::new();
     for leaf in leaves.try_iter()? {
-        let (length, target, offset, writable, transform, position, meters): Leaf<'_> =
-            leaf?.extract()?;
+        let leaf: Leaf<'_> = leaf?.extract()?;
+        let (length, target, offset, writable, transform, position, meters, log, log_position) =
+            leaf;
         let target = if let Ok(file) = target.cast::<File>() {
             Target::File {
                 file: file.get().file.id,
@@ -420,6 +406,8 @@ fn pieces(leaves: &Bound<'_, PyAny>) -> PyResult<Vec<Piece>> {
             transform,
             position,
             meters,
+            log,
+            log_position,
         };
         pieces.push(Piece {
             length,
@@ -444,6 +432,105 @@ impl Meter {
                 std::thread::sleep(wait);
             }
         });
+    }
+}
+
+/// A dirty bitmap: `nbdserver.extent.DirtyBitmap`.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct DirtyBitmap {
+    bitmap: Arc<dirty::Bitmap>,
+}
+
+#[pymethods]
+impl DirtyBitmap {
+    #[new]
+    fn new(size: u64, granularity: u64) -> PyResult<DirtyBitmap> {
+        if !granularity.is_power_of_two() {
+            return Err(PyValueError::new_err("granularity is not a power of two"));
+        }
+        let bitmap = Arc::new(dirty::Bitmap::new(size, granularity));
+        Ok(DirtyBitmap { bitmap })
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.bitmap.size()
+    }
+
+    #[getter]
+    fn granularity(&self) -> u64 {
+        self.bitmap.granularity()
+    }
+
+    fn mark(&self, py: Python<'_>, offset: u64, length: u64) {
+        py.detach(|| self.bitmap.mark(offset, length));
+    }
+
+    fn merge(&self, py: Python<'_>, other: &Bound<'_, DirtyBitmap>) {
+        let other = other.get().bitmap.clone();
+        py.detach(|| self.bitmap.merge(&other));
+    }
+
+    fn clear(&self, py: Python<'_>) {
+        py.detach(|| self.bitmap.clear());
+    }
+
+    fn resize(&self, py: Python<'_>, size: u64) {
+        py.detach(|| self.bitmap.resize(size));
+    }
+
+    fn count(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.bitmap.count())
+    }
+
+    fn runs(&self, py: Python<'_>, offset: u64, length: u64, count_max: usize) -> Vec<(u64, bool)> {
+        py.detach(|| self.bitmap.runs(offset, length, count_max))
+    }
+
+    fn data<'py>(
+        &self,
+        py: Python<'py>,
+        start: u64,
+        length: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        check_words(start, length)?;
+        let data = py.detach(|| self.bitmap.data(start, length));
+        Ok(PyBytes::new(py, &data))
+    }
+
+    fn load(&self, py: Python<'_>, start: u64, data: &[u8]) -> PyResult<()> {
+        check_words(start, data.len())?;
+        py.detach(|| self.bitmap.load(start, data));
+        Ok(())
+    }
+}
+
+fn check_words(start: u64, length: usize) -> PyResult<()> {
+    if start.is_multiple_of(8) && length.is_multiple_of(8) {
+        return Ok(());
+    }
+    Err(PyValueError::new_err("not a multiple of 8 bytes"))
+}
+
+/// A dirty log: `nbdserver.extent.DirtyLog`.
+#[pyclass(frozen, module = "nbdserver._engine")]
+struct DirtyLog {
+    log: Arc<dirty::Log>,
+    /// What extents say for it.
+    #[pyo3(get)]
+    number: u32,
+}
+
+#[pymethods]
+impl DirtyLog {
+    fn set(&self, py: Python<'_>, bitmaps: Vec<Bound<'_, DirtyBitmap>>) {
+        let bitmaps = bitmaps.iter().map(|bitmap| bitmap.get().bitmap.clone());
+        let bitmaps = bitmaps.collect();
+        py.detach(|| self.log.set(bitmaps));
+    }
+
+    fn mark(&self, py: Python<'_>, offset: u64, length: u64) {
+        py.detach(|| self.log.mark(offset, length));
     }
 }
 
@@ -516,16 +603,6 @@ impl Export {
 
     fn drain_end(&self) {
         self.export.drain_end();
-    }
-
-    fn dirty_log(&self, granularity: u64) -> PyResult<DirtyLog> {
-        if !granularity.is_power_of_two() {
-            return Err(PyValueError::new_err("granularity is not a power of two"));
-        }
-        Ok(DirtyLog {
-            export: self.export.clone(),
-            log: self.export.new_log(granularity),
-        })
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -968,6 +1045,12 @@ impl Engine {
         self.engine.effects.intern_meters(&set)
     }
 
+    fn new_dirty_log(&self) -> DirtyLog {
+        let log = Arc::new(dirty::Log::default());
+        let number = self.engine.effects.add_log(log.clone());
+        DirtyLog { log, number }
+    }
+
     #[pyo3(signature = (fd, name, read_only, *, direct=false, r#unsafe=false, threads=false))]
     fn open_file(
         &self,
@@ -1090,6 +1173,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Use>()?;
     module.add_class::<Meter>()?;
     module.add_class::<Export>()?;
+    module.add_class::<DirtyBitmap>()?;
     module.add_class::<DirtyLog>()?;
     module.add_class::<Running>()?;
     module.add_class::<Fault>()?;

@@ -98,12 +98,6 @@ impl Request {
         self.session.style.chunks() && self.header.flags & flag::DF == 0
     }
 
-    /// All or, if it failed, perhaps a part of its range has been written: to be called before it is answered, and before
-    /// the places it was written to count as unused.
-    pub fn written(&self) {
-        self.export.written(self.header.offset, self.header.length);
-    }
-
     /// End the request; its reply goes to whoever called, to be sent.
     pub fn reply(self, result: Result<Body, Failure>) -> Reply {
         Reply {

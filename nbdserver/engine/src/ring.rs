@@ -17,7 +17,7 @@ use crate::file::{Counters, File};
 use crate::pool::{Pool, Slot};
 use crate::record::Token;
 use crate::request::{Body, Reply, Request};
-use crate::transfer::{Transfer, finish_read};
+use crate::transfer::{Transfer, finish_read, mark};
 use crate::wire::command;
 
 /// Submission entries of a ring on which one operation runs at a time.
@@ -282,7 +282,7 @@ impl Flight {
             None => finish_read(&request, &transfers),
         };
         if write {
-            request.written();
+            mark(&transfers);
         }
         drop(transfers); // the places are no longer in use
         match result {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::dirty::Log;
 use crate::engine::Engine;
 use crate::export::Place;
 use crate::extents::{Piece, Target, Through};
@@ -17,6 +18,7 @@ use crate::request::Request;
 use crate::serial::Span;
 use crate::transform::Transform;
 use crate::users::Use;
+use crate::wire::command;
 
 /// Holes shorter than this are sent as zeroes: a chunk of their own would cost more.
 const HOLE_MIN: usize = 4096;
@@ -28,6 +30,7 @@ pub struct Transfer {
     pub offset: u64,
     pub range: Range<usize>,
     crypt: Option<Crypt>,
+    mark: Option<Mark>,
     /// Held while a ring writes with direct I/O: no read-modify-write of its blocks meanwhile.
     span: Option<Span>,
     _usage: Option<Use>,
@@ -38,6 +41,13 @@ struct Crypt {
     transform: Arc<Transform>,
     position: u64,
     range: Range<usize>,
+}
+
+/// What a write marks where.
+struct Mark {
+    log: Arc<Log>,
+    position: u64,
+    length: u64,
 }
 
 impl Transfer {
@@ -131,8 +141,18 @@ pub fn finish_read(request: &Request, transfers: &[Transfer]) -> Result<(), Errn
     Ok(())
 }
 
-/// Carry out transfers, blocking. A write is noted as such even if it fails: it may have been done in part; and before its
-/// places count as unused: who waits for that may rely on it.
+/// A write has been carried out: mark it in its dirty logs, before it is answered, and before its places count as unused,
+/// for who waits for that may rely on it. Also if it has failed: it may have been done in part.
+pub fn mark(transfers: &[Transfer]) {
+    for mark in transfers
+        .iter()
+        .filter_map(|transfer| transfer.mark.as_ref())
+    {
+        mark.log.mark(mark.position, mark.length);
+    }
+}
+
+/// Carry out transfers, blocking.
 pub fn run_all(request: &Request, transfers: &[Transfer], write: bool) -> Result<(), Errno> {
     if !write {
         transfers
@@ -144,7 +164,7 @@ pub fn run_all(request: &Request, transfers: &[Transfer], write: bool) -> Result
     let result = transfers
         .iter()
         .try_for_each(|transfer| transfer.run(request, write));
-    request.written();
+    mark(transfers);
     result
 }
 
@@ -174,6 +194,7 @@ pub fn plan(
     places: Vec<Place>,
     transfers: &mut Vec<Transfer>,
 ) -> Result<usize, Errno> {
+    let write = request.header.command == command::WRITE;
     let mut position = start;
     for place in places {
         if is_code(engine, &place.piece, position) {
@@ -187,8 +208,16 @@ pub fn plan(
                 let Through {
                     transform,
                     position,
+                    log,
+                    log_position,
                     ..
                 } = place.piece.through;
+                let log = engine.effects.log(log).filter(|_| write);
+                let mark = log.map(|log| Mark {
+                    log,
+                    position: log_position,
+                    length: place.piece.length,
+                });
                 let crypt = engine.effects.transform(transform);
                 let crypt = crypt.map(|transform| Crypt {
                     transform,
@@ -202,6 +231,7 @@ pub fn plan(
                     offset,
                     range: range.clone(),
                     crypt,
+                    mark,
                     span: None,
                     _usage: place.usage,
                 });
