@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from nbdserver.errors import RequestError
-from nbdserver.extent import Extent, FileMode, Intent, OpenFile
+from nbdserver.extent import BlockLimits, Extent, FileMode, Intent, OpenFile
 from nbdserver.layer import Layer, Opener
 
 
@@ -54,6 +54,10 @@ class File(Layer):
     @property
     def read_only(self) -> bool:
         return self.open_file.read_only
+
+    @property
+    def limits(self) -> BlockLimits:
+        return self.open_file.limits
 
     @property
     def stored(self) -> int:

@@ -40,6 +40,8 @@ class File:
     @property
     def read_only(self) -> bool: ...
     @property
+    def limits(self) -> extent.BlockLimits: ...
+    @property
     def alignment(self) -> tuple[int, int] | None:
         """(memory, block) alignment that direct I/O asks for, bytes; None where the page cache is used."""
 
@@ -310,9 +312,18 @@ class Engine:
 
     def new_dirty_log(self) -> DirtyLog: ...
     def open_file(
-        self, fd: int, name: str, read_only: bool, *, direct: bool = False, unsafe: bool = False, threads: bool = False
+        self,
+        fd: int,
+        name: str,
+        read_only: bool,
+        limits: extent.BlockLimits,
+        *,
+        direct: bool = False,
+        unsafe: bool = False,
+        threads: bool = False,
     ) -> File:
-        """Take over a descriptor. ``direct``: O_DIRECT; ``unsafe``: never sync; ``threads``: never the ring."""
+        """Take over a descriptor. ``limits``: kept for `File.limits`; what is served without Python is held to their
+        ``max_transfer``. ``direct``: O_DIRECT; ``unsafe``: never sync; ``threads``: never the ring."""
 
     def new_export(self, size: int, read_only: bool, *, writethrough: bool = False) -> Export:
         """``writethrough``: every write is a write and a flush."""

@@ -9,6 +9,7 @@ An extent is a page-table entry::
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,13 +47,48 @@ CODE: Final = Special.CODE
 
 class FileMode(NamedTuple):
     """How a file is used: ``cache`` is "writeback", "writethrough", "none" (O_DIRECT) or "unsafe" (never synced);
-    ``aio`` is "io_uring" or "threads". As QEMU's options of these names."""
+    ``aio`` is "io_uring" or "threads". As QEMU's options of these names. ``max_transfer``: see `BlockLimits`."""
 
     cache: str = "writeback"
     aio: str = "io_uring"
+    max_transfer: int = 0
 
 
 FILE_MODE: Final = FileMode()
+
+
+@dataclass(frozen=True)
+class BlockLimits:
+    """What requests to a file, or to a layer's code, are held to: they are cut and padded to fit (`nbdserver.blocks`).
+
+    QEMU's struct of this name. Bytes; 0 is no limit, and no wish. Asserts that they can be kept.
+    """
+
+    #: What offsets and lengths are multiples of, but for what ends at the end of the layer: a power of two. An open
+    #: file takes requests as they are, and pads itself what must be.
+    request_alignment: int = 1
+    #: The most that is read or written at once.
+    max_transfer: int = 0
+    #: What is best read or written at once: a power of two. Only told to clients, as the preferred block size.
+    opt_transfer: int = 0
+    #: The most that is zeroed at once, and what ranges to be zeroed are best aligned to.
+    max_pwrite_zeroes: int = 0
+    pwrite_zeroes_alignment: int = 0
+    #: The same of discarding.
+    max_pdiscard: int = 0
+    pdiscard_alignment: int = 0
+
+    def __post_init__(self) -> None:
+        for value in (self.request_alignment, self.opt_transfer):
+            assert value & (value - 1) == 0, f"{self}: no power of two"
+        assert self.request_alignment >= 1
+        for value in dataclasses.astuple(self):
+            assert value == 0 or (value > 0 and value % self.request_alignment == 0) or value == 1, f"{self}: {value}"
+        assert self.max_pwrite_zeroes == 0 or self.max_pwrite_zeroes >= self.pwrite_zeroes_alignment
+        assert self.max_pdiscard == 0 or self.max_pdiscard >= self.pdiscard_alignment
+
+
+NO_LIMITS: Final = BlockLimits()
 
 
 @dataclass(frozen=True)
@@ -172,6 +208,10 @@ class OpenFile(Protocol):
     @property
     def read_only(self) -> bool:
         """Whether writes are refused (EBADF/EPERM) by the operating system."""
+
+    @property
+    def limits(self) -> BlockLimits:
+        """What requests to it are cut to."""
 
     def read(self, offset: int, vector: Vector) -> None:
         """Fill the whole vector; what lies past the end of the file reads as zeroes."""

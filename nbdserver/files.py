@@ -28,7 +28,17 @@ from typing import Final
 
 from nbdserver import dirty, registry
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import FILE_MODE, DirtyBitmap, DirtyLog, FileMode, Meter, MeterLimits, OpenFile
+from nbdserver.extent import (
+    FILE_MODE,
+    NO_LIMITS,
+    BlockLimits,
+    DirtyBitmap,
+    DirtyLog,
+    FileMode,
+    Meter,
+    MeterLimits,
+    OpenFile,
+)
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_MAX, STATUS_COUNT_MAX, ZERO_PIECE
@@ -38,14 +48,13 @@ from nbdserver.request import Vector
 
 # -- one file ------------------------------------------------------------------------------------------------------
 
-#: Discards on block devices are cut to multiples of this: every logical block size divides it.
-DISCARD_ALIGNMENT: Final = 4096
-
 #: linux/falloc.h and linux/fs.h.
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 FALLOC_FL_ZERO_RANGE: Final = 0x10
+BLKSSZGET: Final = 0x1268
 BLKDISCARD: Final = 0x1277
+BLKPBSZGET: Final = 0x127B
 
 #: How a file system or device says that it cannot do this, or not for this range (EINVAL: not its alignment).
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY)
@@ -54,10 +63,11 @@ _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, er
 class PlainFile:
     """`extent.OpenFile` over a descriptor, in plain Python. Owns the descriptor."""
 
-    def __init__(self, fd: int, name: str, read_only: bool) -> None:
+    def __init__(self, fd: int, name: str, read_only: bool, mode: FileMode = FILE_MODE) -> None:
         self._fd = fd
         self.name = name
         self.read_only = read_only
+        self.limits = block_limits(fd, mode)
         self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self._uses = _Uses()
         self._sync_lock = threading.Lock()
@@ -173,8 +183,9 @@ class PlainFile:
         return True
 
     def _discard_device(self, offset: int, length: int) -> None:
-        start = -(-offset // DISCARD_ALIGNMENT) * DISCARD_ALIGNMENT
-        end = (offset + length) // DISCARD_ALIGNMENT * DISCARD_ALIGNMENT
+        block = self.limits.pwrite_zeroes_alignment  # a logical block: the kernel takes no less
+        start = -(-offset // block) * block
+        end = (offset + length) // block * block
         if start >= end:
             return
         try:
@@ -200,6 +211,35 @@ class PlainFile:
 
 #: Past the end of every file.
 FILE_END: Final = 1 << 63
+
+
+def block_limits(fd: int, mode: FileMode) -> BlockLimits:
+    """What requests to the file are held to, as QEMU's file-posix has it: on block devices zeroing and discarding are
+    better aligned. How much a device takes at once is the kernel's business."""
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return BlockLimits(max_transfer=mode.max_transfer) if mode.max_transfer else NO_LIMITS
+    logical, physical = (_ioctl_int(fd, request) for request in (BLKSSZGET, BLKPBSZGET))
+    return BlockLimits(
+        max_transfer=mode.max_transfer,
+        opt_transfer=physical,
+        pwrite_zeroes_alignment=logical,
+        pdiscard_alignment=max(_discard_granularity(status.st_rdev), logical),
+    )
+
+
+def _ioctl_int(fd: int, request: int) -> int:
+    """The answer of an ioctl that gives an int."""
+    return int(struct.unpack("=i", fcntl.ioctl(fd, request, bytes(4)))[0])
+
+
+def _discard_granularity(device: int) -> int:
+    """What a block device discards at least, bytes; 0 if it does not say. A partition has its disk's."""
+    directory = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for place in (directory, f"{directory}/.."):
+        with contextlib.suppress(OSError, ValueError), open(f"{place}/queue/discard_granularity") as file:
+            return int(file.read())
+    return 0
 
 
 class _Uses:
@@ -274,7 +314,7 @@ Wrap = Callable[[int, str, bool, FileMode], OpenFile]
 
 def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
     """A file of plain Python's: through the page cache whatever the mode, as is its durability."""
-    return PlainFile(fd, name, read_only)
+    return PlainFile(fd, name, read_only, mode)
 
 
 #: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).

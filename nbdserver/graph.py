@@ -17,9 +17,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nbdserver import flags
+from nbdserver import blocks, flags
 from nbdserver.errors import ImageError, RequestError
-from nbdserver.extent import CODE, ZERO, DirtyLog, Extent, Intent, Meter, OpenFile, Special, Transform, clip, lawful
+from nbdserver.extent import (
+    CODE,
+    ZERO,
+    BlockLimits,
+    DirtyLog,
+    Extent,
+    Intent,
+    Meter,
+    OpenFile,
+    Special,
+    Transform,
+    clip,
+    lawful,
+)
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DEPTH_MAX
 from nbdserver.request import Flag, Operation, Request, Vector, check_flag, debug
@@ -176,8 +189,10 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         assert leaf.layer is not None
         if leaf.layer is not layer:
             _arrive(leaf.layer, part, "is passed to its code")
+        code = leaf.layer
+        passed = flags.passed(code, part.moved(leaf.offset))
         with _marked(leaf, part):
-            _call(leaf.layer, flags.passed(leaf.layer, part).moved(leaf.offset))
+            blocks.carry_out(passed, code, lambda request: _call(code, request))
         return True
     if leaf.target is ZERO:
         if layer.changes != seen:
@@ -194,26 +209,25 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
             return False
         if part.vector.registered:
             layer.buffer_counters.passed(part.vector)
+        assert leaf.writable or operation is not Operation.WRITE, "resolve(WRITE) answered a place that is not writable"
         with _marked(leaf, part):
-            _run_on_file(file, leaf, part)
+            for piece in blocks.parts(part.moved(leaf.offset), file.limits):
+                _run_on_file(file, piece)
     return True
 
 
-def _run_on_file(file: OpenFile, leaf: Leaf, part: Request) -> None:
-    if part.operation is Operation.READ:
-        file.read(leaf.offset, part.vector)
-    elif part.operation is Operation.WRITE:
-        assert leaf.writable, "resolve(WRITE) answered a place that is not writable"
-        file.write(leaf.offset, part.vector)
-    elif part.operation is Operation.ZERO:
-        file.zero(
-            leaf.offset,
-            part.length,
-            may_unmap=bool(part.flags & Flag.MAY_UNMAP),
-            no_fallback=bool(part.flags & Flag.NO_FALLBACK),
-        )
-    else:
-        file.discard(leaf.offset, part.length)
+def _run_on_file(file: OpenFile, request: Request) -> None:
+    match request.operation:
+        case Operation.READ:
+            file.read(request.offset, request.vector)
+        case Operation.WRITE:
+            file.write(request.offset, request.vector)
+        case Operation.ZERO:
+            asked = request.asked_flags
+            may_unmap, no_fallback = Flag.MAY_UNMAP in asked, Flag.NO_FALLBACK in asked
+            file.zero(request.offset, request.length, may_unmap=may_unmap, no_fallback=no_fallback)
+        case Operation.TRIM:
+            file.discard(request.offset, request.length)
 
 
 @contextlib.contextmanager
@@ -300,6 +314,10 @@ class Child(Layer):
     @property
     def writethrough(self) -> bool:
         return self._layer.writethrough
+
+    @property
+    def limits(self) -> BlockLimits:
+        return self._layer.limits
 
     @property
     def filename(self) -> str | None:

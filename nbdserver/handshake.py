@@ -28,6 +28,7 @@ from nbdserver.limits import (
     OPTION_MAX,
     OPTIONS_COUNT_MAX,
     PAYLOAD_MAX,
+    PREFERRED_BLOCK_DEFAULT,
     PREFERRED_BLOCK_MIN,
     QUERIES_COUNT_MAX,
     SHOWN_COUNT_MAX,
@@ -162,7 +163,7 @@ class ExportInfo:
     can_multi_conn: bool = True
     rotational: bool = False
     minimum_block: int = 1
-    preferred_block: int = 4096
+    preferred_block: int = PREFERRED_BLOCK_DEFAULT
     maximum_payload: int = PAYLOAD_MAX
     #: The meta contexts a client may select.
     contexts: tuple[str, ...] = ("base:allocation",)

@@ -29,6 +29,8 @@ from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import (
     CODE,
     FILE_MODE,
+    NO_LIMITS,
+    BlockLimits,
     DirtyBitmap,
     DirtyLog,
     Extent,
@@ -40,6 +42,7 @@ from nbdserver.extent import (
     Special,
 )
 from nbdserver.limits import ZERO_PIECE
+from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request, Vector
 
 Parameters = ParamSpec("Parameters")
@@ -186,6 +189,8 @@ class Layer:
         #: What writes, zeroing and trimming of this layer are marked in, at its own offsets; None: nothing. It is
         #: another one for all that is resolved after `changed`.
         self.dirty_log: DirtyLog | None = None
+        #: Where its code writes, if that takes whole blocks only: who merges a part of one holds it alone (`blocks`).
+        self.mutations = RangeLock()
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -223,6 +228,12 @@ class Layer:
     def writethrough(self) -> bool:
         """Whether a write is to be durable when it is answered: so if any writable child says so."""
         return any(child.writethrough for _, child in self.children() if not child.read_only)
+
+    @property
+    def limits(self) -> BlockLimits:
+        """What the requests that its own code is called with are held to; what is mapped onto a child is held to the
+        child's. (``opt_transfer`` is told to clients.)"""
+        return NO_LIMITS
 
     @property
     def filename(self) -> str | None:
@@ -304,12 +315,12 @@ class Layer:
         By default zeroes are written out through ``write``; so they are when this raises ENOTSUP, unless the request
         has NO_FALLBACK (which only a layer that supports it is given).
         """
-        flags = request.asked_flags & ~(Flag.MAY_UNMAP | Flag.NO_FALLBACK)
-        vector = self.allocate(min(request.length, ZERO_PIECE))
-        vector.zero()
-        for start in range(0, request.length, ZERO_PIECE):
-            length = min(ZERO_PIECE, request.length - start)
-            finish(self.write(Request.write(request.offset + start, vector.slice(0, length), flags)))
+        flags = request.asked_flags & ~(Flag.ZERO_WRITE | Flag.MAY_UNMAP | Flag.NO_FALLBACK)
+        length_max = min(request.length, ZERO_PIECE, self.limits.max_transfer or ZERO_PIECE)
+        zeroes = self.allocate(length_max)
+        zeroes.zero()
+        for piece in request.pieces(length_max):
+            finish(self.write(Request.write(piece.offset, zeroes.slice(0, piece.length), flags)))
         return None
 
     def trim(self, request: Request) -> Awaitable[None] | None:

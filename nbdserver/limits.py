@@ -29,6 +29,9 @@ QUERIES_COUNT_MAX: Final = 32
 MINIMUM_BLOCK_MAX: Final = 64 * KIB
 PREFERRED_BLOCK_MIN: Final = 512
 
+#: What clients are told to prefer at least: a page, which is what page caches and most disks deal in; as qemu-nbd.
+PREFERRED_BLOCK_DEFAULT: Final = 4 * KIB
+
 #: How much of a string that somebody else wrote (a client, a configuration) an error or a log line repeats.
 SHOWN_COUNT_MAX: Final = 64
 

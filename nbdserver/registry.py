@@ -133,7 +133,7 @@ def image(path: str, format: str, mode: FileMode = FILE_MODE) -> Layer:
     required = [field.name for field in dataclasses.fields(cls) if field.init and _required(field)]
     if required != ["file"]:
         raise ImageError(f"the layer {format!r} is no image format (one needs a file and nothing else)", path=path)
-    return build(format, {"file": build("file", {"path": path, **mode._asdict()})})
+    return build(format, {"file": build("file", {"path": path, "cache": mode.cache, "aio": mode.aio})})
 
 
 def convert(value: object, hint: Any) -> object:

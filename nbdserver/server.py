@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from nbdserver import _engine
+from nbdserver import _engine, blocks
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
-from nbdserver.files import FileOpener, Files
+from nbdserver.files import FileOpener, Files, block_limits
 from nbdserver.graph import Graph, Leaf, execute, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, StartTls, TlsMode
 from nbdserver.layer import Layer, finish
@@ -129,6 +129,7 @@ class Supplies:
                 fd,
                 name,
                 read_only,
+                block_limits(fd, mode),
                 direct=mode.cache == "none",
                 unsafe=mode.cache == "unsafe",
                 threads=mode.aio == "threads",
@@ -446,6 +447,7 @@ class Server:
                     size=layer.size,
                     read_only=read_only,
                     tls_required=tls_required,
+                    preferred_block=blocks.preferred(below for _, below in walk(layer)),
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
                 export = Export(name, layer, info, engine_export, self._effects)

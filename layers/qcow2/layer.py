@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
@@ -22,7 +23,7 @@ from layers.qcow2.storage import Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ImageError
-from nbdserver.extent import CODE, ZERO, Extent, Intent, Size, Special
+from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
 from nbdserver.format import MapEntry, Measure, Progress, no_progress
 from nbdserver.graph import attach, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
@@ -146,6 +147,11 @@ class Qcow2(Layer):
         return self.reader.size
 
     @property
+    def limits(self) -> BlockLimits:
+        # Whoever writes a whole new cluster has nothing copied around it.
+        return _limits(self.reader.geometry.cluster_size)
+
+    @property
     def read_only(self) -> bool:
         return self._writer is None
 
@@ -257,6 +263,11 @@ class Qcow2(Layer):
             except (ImageError, OSError):
                 self._is_preallocated = False  # it is extra information: without it, all that is allocated is data
         return self._is_preallocated
+
+
+@functools.cache
+def _limits(cluster_size: int) -> BlockLimits:
+    return BlockLimits(opt_transfer=cluster_size)
 
 
 def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:

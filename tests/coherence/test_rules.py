@@ -17,7 +17,7 @@ import pytest
 from layers.file import File
 from layers.raw import Raw
 from nbdserver import _engine
-from nbdserver.extent import DirtyBitmap
+from nbdserver.extent import NO_LIMITS, DirtyBitmap
 from nbdserver.request import Request
 from nbdserver.server import Export
 from nbdserver.testing import NbdServers
@@ -425,7 +425,7 @@ def test_a_failed_sync_is_never_followed_by_a_success(nbd_server: NbdServers, tm
     server, _ = nbd_server.start(Pages(file=File(path=str(_image(tmp_path))), pages=1))
     reader, writer = os.pipe()
     os.close(reader)
-    file = server._engine.open_file(writer, "a file whose storage fails", False)
+    file = server._engine.open_file(writer, "a file whose storage fails", False, NO_LIMITS)
     with pytest.raises(OSError, match="Invalid argument"):
         file.sync()  # fdatasync of a pipe
     good = os.open(tmp_path / "image", os.O_RDWR)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver.extent import NO_LIMITS
 from nbdserver.request import Vector
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import LITTLE, PAGE, SOON, Background, stopped_at
@@ -150,7 +151,7 @@ def test_a_place_counts_as_used_until_the_write_to_it_is_marked_dirty(stage: Sta
 
 def test_a_file_is_closed_after_its_last_io(stage: Stage) -> None:
     descriptor = os.open(stage.path, os.O_RDWR)
-    other = stage.server._engine.open_file(descriptor, "another", False)
+    other = stage.server._engine.open_file(descriptor, "another", False, NO_LIMITS)
     with stopped_at("file.read") as stop:
         reading = Background(other.read, 0, Vector.of(PAGE))
         assert stop.wait_reached(SOON)  # type: ignore[attr-defined]

@@ -52,11 +52,12 @@ pub struct Settings {
 }
 
 /// How a file is to be used: see `file::Means`.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Mode {
     pub direct: bool,
     pub unsafe_: bool,
     pub threads: bool,
+    pub transfer_max: usize,
 }
 
 /// Why the engine could not start, in words.
@@ -285,6 +286,7 @@ impl Engine {
             direct: mode.direct,
             unsafe_: mode.unsafe_,
             threads: mode.threads,
+            transfer_max: mode.transfer_max,
             pool: self.pool.clone(),
             rings: self.sync_rings.clone().filter(|_| !mode.threads),
             recorder: self.recorder.clone(),

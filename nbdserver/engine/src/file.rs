@@ -59,6 +59,8 @@ pub struct Means {
     pub unsafe_: bool,
     /// Never the ring.
     pub threads: bool,
+    /// The most that is read or written at once.
+    pub transfer_max: usize,
     pub pool: Arc<Pool>,
     pub rings: Option<Arc<SyncRings>>,
     pub recorder: Option<Arc<Recorder>>,
@@ -97,9 +99,13 @@ impl File {
         fd: OwnedFd,
         name: String,
         read_only: bool,
-        means: Means,
+        mut means: Means,
     ) -> Result<File, Errno> {
         let direct = means.direct.then(|| set_direct(&fd)).transpose()?;
+        if let Some(Alignment { block, .. }) = direct {
+            let block = block as usize;
+            means.transfer_max = (means.transfer_max / block * block).max(block);
+        }
         let regular = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::RegularFile;
         if let Some(recorder) = &means.recorder {
             recorder.file(id, &name);
@@ -141,6 +147,14 @@ impl File {
     /// Whether the ring of a worker may carry out its I/O.
     pub fn takes_ring(&self) -> bool {
         !self.means.threads
+    }
+
+    /// How much of the beginning of `range` may be read or written at once.
+    pub fn at_once(&self, range: Range<usize>) -> Range<usize> {
+        range.start
+            ..range
+                .end
+                .min(range.start.saturating_add(self.means.transfer_max))
     }
 
     /// Whether a transfer can be carried out as it is.
@@ -203,6 +217,7 @@ impl File {
             &self.counters.reads
         };
         counter.fetch_add(1, Relaxed);
+        let range = self.at_once(range);
         let (slot, part) = vector
             .parts(range.clone())
             .next()

@@ -184,6 +184,9 @@ impl<'py> Segments<'py> {
 struct File {
     engine: Arc<engine::Engine>,
     file: Arc<file::File>,
+    /// `nbdserver.extent.BlockLimits`.
+    #[pyo3(get)]
+    limits: Py<PyAny>,
 }
 
 /// A place in use, for the time of a `with` block.
@@ -1051,30 +1054,39 @@ impl Engine {
         DirtyLog { log, number }
     }
 
-    #[pyo3(signature = (fd, name, read_only, *, direct=false, r#unsafe=false, threads=false))]
+    #[pyo3(signature = (fd, name, read_only, limits, *, direct=false, r#unsafe=false, threads=false))]
+    #[allow(clippy::too_many_arguments)] // they are keywords
     fn open_file(
         &self,
         fd: RawFd,
         name: OsString,
         read_only: bool,
+        limits: Bound<'_, PyAny>,
         direct: bool,
         r#unsafe: bool,
         threads: bool,
     ) -> PyResult<File> {
+        let fd = owned(fd);
+        let transfer_max = match limits.getattr("max_transfer")?.extract()? {
+            0 => usize::MAX,
+            max => max,
+        };
         let mode = Mode {
             direct,
             unsafe_: r#unsafe,
             threads,
+            transfer_max,
         };
         // File names are bytes; the engine only ever shows them.
         let name = name.to_string_lossy().into_owned();
         let file = self
             .engine
-            .open_file(owned(fd), name, read_only, mode)
+            .open_file(fd, name, read_only, mode)
             .map_err(os_error)?;
         Ok(File {
             engine: self.engine.clone(),
             file,
+            limits: limits.unbind(),
         })
     }
 

@@ -141,7 +141,7 @@ impl Ring {
         let (slot, range) = flight
             .request
             .vector
-            .parts(transfer.range.clone())
+            .parts(transfer.file.at_once(transfer.range.clone()))
             .next()
             .expect("a transfer that is not complete");
         let length = range.len() as u32;

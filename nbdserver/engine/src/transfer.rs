@@ -65,7 +65,8 @@ impl Transfer {
     /// Read what is in the page cache; true when that was all. What is left is then all that `range` says.
     pub fn read_nowait(&mut self, request: &Request) -> Result<bool, Errno> {
         while !self.range.is_empty() {
-            let mut slices = request.vector.io_slices_mut(self.range.clone());
+            let range = self.file.at_once(self.range.clone());
+            let mut slices = request.vector.io_slices_mut(range);
             let done = self.file.read_nowait(self.offset, &mut slices)?;
             if done == 0 {
                 return Ok(false);
