@@ -270,47 +270,6 @@ mod tests {
     }
 
     #[test]
-    fn a_log_tells_what_was_written_once() {
-        let export = export(100 * GRANULE);
-        let log = export.new_log(GRANULE);
-        export.written(GRANULE, 1);
-        export.written(2 * GRANULE + 5, GRANULE);
-        export.written(99 * GRANULE, GRANULE);
-        let taken = vec![(GRANULE, 3 * GRANULE), (99 * GRANULE, GRANULE)];
-        assert_eq!(log.take(), taken);
-        assert_eq!(log.take(), vec![]);
-    }
-
-    #[test]
-    fn a_log_ends_where_the_disk_does() {
-        let export = export(GRANULE + 512);
-        let log = export.new_log(GRANULE);
-        export.written(0, GRANULE + 512);
-        assert_eq!(log.take(), vec![(0, GRANULE + 512)]);
-    }
-
-    #[test]
-    fn what_a_disk_grows_by_is_dirty_and_then_followed() {
-        let export = export(GRANULE);
-        let log = export.new_log(GRANULE);
-        export.resize(200 * GRANULE);
-        assert_eq!(log.take(), vec![(GRANULE, 199 * GRANULE)]);
-        export.written(150 * GRANULE, 512);
-        assert_eq!(log.take(), vec![(150 * GRANULE, GRANULE)]);
-    }
-
-    #[test]
-    fn what_a_disk_shrinks_by_is_forgotten_and_dirty_when_it_comes_back() {
-        let export = export(200 * GRANULE);
-        let log = export.new_log(GRANULE);
-        export.written(0, 200 * GRANULE);
-        export.resize(70 * GRANULE);
-        assert_eq!(log.take(), vec![(0, 70 * GRANULE)]);
-        export.resize(130 * GRANULE);
-        assert_eq!(log.take(), vec![(70 * GRANULE, 60 * GRANULE)]);
-    }
-
-    #[test]
     fn who_waits_for_the_gate_enters_when_it_opens() {
         let export = export(GRANULE);
         assert!(export.drain_begin(Duration::ZERO));
