@@ -51,12 +51,18 @@ HEADER_LENGTH_3: Final = 112
 
 #: Offsets in the file of what is rewritten in place; each lies within the first 512-byte sector.
 BACKING_NAME_AT: Final = 8
+DISK_AT: Final = 24
 REFCOUNT_TABLE_AT: Final = 48
+SNAPSHOTS_AT: Final = 60
 AUTOCLEAR_AT: Final = 88
 COMPRESSION_TYPE_AT: Final = 104
 
 BACKING_NAME_FIELD: Final = struct.Struct(">Q")
-#: ``refcount_table_offset`` and ``refcount_table_clusters``, which change together.
+#: ``size``, ``crypt_method``, ``l1_size`` and ``l1_table_offset``, which change together.
+DISK_FIELDS: Final = struct.Struct(">QIIQ")
+#: ``nb_snapshots`` and ``snapshots_offset``, and so do these.
+SNAPSHOTS_FIELDS: Final = struct.Struct(">IQ")
+#: And ``refcount_table_offset`` and ``refcount_table_clusters``.
 REFCOUNT_TABLE_FIELDS: Final = struct.Struct(">QI")
 AUTOCLEAR_FIELD: Final = struct.Struct(">Q")
 
@@ -136,3 +142,8 @@ class SnapshotFields(NamedTuple):
 
 
 SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
+
+#: The extra data that is defined: ``vm_state_size`` in 64 bits, the disk's size, the instruction count (-1: none).
+SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
+SNAPSHOT_EXTRA_FIELD: Final = struct.Struct(">Q")
+ICOUNT_NONE: Final = (1 << 64) - 1

@@ -70,8 +70,7 @@ class Table:
         for index in range(1, len(ordered) + 1):
             if index == len(ordered) or ordered[index] - ordered[index - 1] >= GAP_SECTORS:
                 entries = self.entries[ordered[start] * per_sector : (ordered[index - 1] + 1) * per_sector]
-                _swap(entries)
-                yield Write(self.place + ordered[start] * SECTOR, entries.tobytes())
+                yield Write(self.place + ordered[start] * SECTOR, encoded(entries))
                 start = index
 
 
@@ -127,9 +126,21 @@ class Cache:
                 self._clean[number] = table
         self._trim()
 
+    def clear(self) -> None:
+        """Forget every table: there are others in their place now. Nothing may wait to be written."""
+        assert self.is_clean, "would be lost"
+        self._clean.clear()
+
     def _trim(self) -> None:
         while len(self._clean) > max(self._count_max - len(self._kept), 1):
             self._clean.popitem(last=False)
+
+
+def encoded(entries: array[int]) -> bytes:
+    """Entries as they are in the file."""
+    entries = entries[:]
+    _swap(entries)
+    return entries.tobytes()
 
 
 def _swap(entries: array[int]) -> None:

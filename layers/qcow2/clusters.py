@@ -90,6 +90,10 @@ class Geometry:
             return Kind.ZERO_ALLOCATED if place else Kind.ZERO
         return Kind.NORMAL if place else Kind.UNALLOCATED
 
+    def l1_count(self, length: int) -> int:
+        """How many L1 entries a disk of ``length`` bytes needs."""
+        return -(-self.clusters(length) // self.l2_entries)
+
     def run_length(self, entries: array[int], start: int) -> int:
         """How many entries from ``start`` on are alike, as a `Run` wants them."""
         entry = entries[start]

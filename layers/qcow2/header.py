@@ -70,6 +70,7 @@ class Header:
     snapshots_offset: int
     snapshots_count: int
     compression: int
+    crypt_method: int = 0
     incompatible: int = 0
     autoclear: int = 0
     backing_name: str | None = None
@@ -140,6 +141,7 @@ class _Parser:
             snapshots_offset=fields.snapshots_offset,
             snapshots_count=fields.nb_snapshots,
             compression=self._compression(fields, fields3),
+            crypt_method=fields.crypt_method,
             incompatible=fields3.incompatible_features,
             autoclear=fields3.autoclear_features,
             backing_name=backing_name,

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD, INCOMPATIBLE_DIRTY
 from layers.qcow2 import status
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.create import Options, make_image
+from layers.qcow2.head import Head
 from layers.qcow2.header import Header, check_writable, read_header
 from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
 from layers.qcow2.measure import measure
 from layers.qcow2.occupied import Occupied
+from layers.qcow2.order import Order
+from layers.qcow2.points import Image
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.snapshot_table import read_table
+from layers.qcow2.snapshots import Snapshots
 from layers.qcow2.storage import Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
-from nbdserver.errors import ImageError
+from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
-from nbdserver.format import MapEntry, Measure, Progress, no_progress
+from nbdserver.format import MapEntry, Measure, Progress, Snapshot, no_progress
 from nbdserver.graph import attach, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
@@ -40,8 +46,10 @@ class Qcow2(Layer):
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
     l2_cache_size: Size = L2_CACHE_DEFAULT
     refcount_cache_size: Size = REFCOUNT_CACHE_DEFAULT
-    #: Whether the file's storage is given back of clusters that zeroing and trimming free; that anything else frees.
+    #: Whether the file's storage is given back of clusters that zeroing and trimming free; that applying and deleting
+    #: snapshots frees; that anything else frees.
     pass_discard_request: bool = True
+    pass_discard_snapshot: bool = True
     pass_discard_other: bool = False
 
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
@@ -59,6 +67,7 @@ class Qcow2(Layer):
         self._clusters = RangeLock()
         self._reader: Reader | None = None
         self._writer: Writer | None = None
+        self._snapshots: Snapshots | None = None
         self._is_preallocated: bool | None = None
 
     # -- making images ----------------------------------------------------------------------------------------------
@@ -100,18 +109,20 @@ class Qcow2(Layer):
         self._header = header
 
     def _open_writable(self, storage: Storage, header: Header) -> None:
-        occupied = Occupied()
+        occupied, snapshots = Occupied(), read_table(storage, header.snapshots_offset, header.snapshots_count)
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
         mapping = WritableMapping(
             storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied
         )
-        Survey(storage, header, mapping, refcounts).fill(occupied)
+        Survey(storage, header, mapping, refcounts, snapshots).fill(occupied)
         storage.fill_up()
         if header.autoclear:
             # What they promise to keep up to date, we shall not. Durable before anything else changes.
             self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(0))
             self.file.flush()
         self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
+        head = Head(header)
+        order = Order(storage, self._lock, mapping, refcounts, head)
         self._writer = Writer(
             self._reader,
             mapping,
@@ -122,7 +133,23 @@ class Qcow2(Layer):
             discard=Discard(self.pass_discard_request, self.pass_discard_other),
             changed=self.changed,
             allocate=self.allocate,
+            order=order,
         )
+        image = Image(
+            storage=storage,
+            geometry=header.geometry,
+            head=head,
+            lock=self._lock,
+            clusters=self._clusters,
+            reader=self._reader,
+            mapping=mapping,
+            refcounts=refcounts,
+            occupied=occupied,
+            writer=self._writer,
+            order=order,
+            changed=self.changed,
+        )
+        self._snapshots = Snapshots(image, snapshots, discard=self.pass_discard_snapshot)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -240,6 +267,30 @@ class Qcow2(Layer):
 
     def make_empty(self) -> None:
         self.writer.make_empty()
+
+    # -- snapshots --------------------------------------------------------------------------------------------------
+
+    def snapshots(self) -> Sequence[Snapshot]:
+        """`format.HasSnapshots`."""
+        if self._snapshots is not None:
+            return [entry.info for entry in self._snapshots.entries]
+        header = self._header
+        entries, _ = read_table(self.reader.storage, header.snapshots_offset, header.snapshots_count)
+        return [entry.info for entry in entries]
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        return self._changeable().create(name).info
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        self._changeable().apply(id_or_name)
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        self._changeable().delete(id_or_name)
+
+    def _changeable(self) -> Snapshots:
+        if self._snapshots is None:
+            raise RequestError(errno.EROFS, f"{self.filename}: is open read-only")
+        return self._snapshots
 
     # -- block status -----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,15 @@ SNAPSHOTS_COUNT_MAX: Final = 65536
 SNAPSHOT_TABLE_MAX: Final = 64 * MIB
 SNAPSHOT_EXTRA_DATA_MAX: Final = 1024
 
+#: A snapshot table is read in pieces of this: most are smaller, and its length is not known before.
+SNAPSHOT_TABLE_READ: Final = 64 * KIB
+
+#: The longest name that is given to a snapshot: QEMU shows no more (QEMUSnapshotInfo).
+SNAPSHOT_NAME_MAX: Final = 255
+
+#: References that are counted, or taken back, at once: a few megabytes of memory, and then a flush if one is due.
+REFERENCES_COUNT_MAX: Final = 65536
+
 #: QEMU's DEFAULT_L2_CACHE_MAX_SIZE: maps 256 GiB at 64 KiB clusters.
 L2_CACHE_DEFAULT: Final = 32 * MIB
 

@@ -17,6 +17,7 @@ from layers.qcow2.limits import CACHED_COUNT_MIN
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut
 from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.references import clear_copied
 from layers.qcow2.storage import Storage
 from nbdserver.errors import ImageError
 
@@ -28,7 +29,10 @@ class Mapping:
         self._storage, self._geometry, self._lock = storage, header.geometry, lock
         data = storage.file.pread(header.l1_offset, header.l1_count * 8) if header.l1_count else b""
         self._l1 = Table.parse(header.l1_offset, data)
+        #: Clusters of the disk.
         self._clusters = header.geometry.clusters(header.size)
+        # A snapshot of a disk that was larger when its L1 table was made, or was not: what is missing is unallocated.
+        self._l1.entries.extend([0] * (header.geometry.l1_count(header.size) - len(self._l1.entries)))
         self._cache = Cache(max(cache_size // header.geometry.cluster_size, CACHED_COUNT_MIN))
 
     @property
@@ -103,16 +107,18 @@ class WritableMapping(Mapping):
     ) -> None:
         super().__init__(storage, header, cache_size, lock)
         self._refcounts, self._occupied = refcounts, occupied
+        #: L2 tables of snapshots, by place, that are not in the cache and are to be written.
+        self._others: dict[int, Table] = {}
 
     @property
     def crowded(self) -> bool:
         """Whether so much has changed that it should be written back."""
-        return self._cache.crowded
+        return self._cache.crowded or len(self._others) > CACHED_COUNT_MIN
 
     @property
     def is_clean(self) -> bool:
         """Whether the file has it all."""
-        return self._cache.is_clean and not self._l1.changed
+        return self._cache.is_clean and not (self._l1.changed or self._others)
 
     def own(self, index: int) -> Table:
         """The L2 table ``index``, made or copied first if the active state does not have one to itself.
@@ -164,12 +170,68 @@ class WritableMapping(Mapping):
         """Give all that the file lacks to ``cut``."""
         for table in self._cache.changed():
             (cut.prepare if table.unlinked else cut.link)(table)
+        for table in self._others.values():
+            cut.link(table)
         if self._l1.changed:
             cut.link(self._l1)
 
     def settle(self) -> None:
         """The file has what the cut took."""
         self._cache.settle()
+        self._others = {place: table for place, table in self._others.items() if table.changed}
+
+    # -- points in time ---------------------------------------------------------------------------------------------
+
+    def lend(self, index: int) -> None:
+        """Clear COPIED in the L1 entry ``index`` and in its L2 table: a snapshot has them too. ImageError, OSError."""
+        table = self._table(index)
+        if table is None:
+            return
+        if clear_copied(table.entries):
+            table.mark(0, len(table.entries))
+            self._cache.change(index, table)
+        if self._l1.entries[index] & COPIED:
+            self._l1.entries[index] &= ~COPIED
+            self._l1.mark(index)
+
+    def regain(self, index: int) -> None:
+        """Set COPIED in the L1 entry ``index`` and in its L2 table where nobody else has them any more."""
+        table = self._table(index)
+        if table is None:
+            return
+        size, at = self._geometry.cluster_size, 0
+        while at < len(table.entries):
+            entry, count = table.entries[at], self._geometry.run_length(table.entries, at)
+            if entry & OFFSET_MASK and not entry & (COPIED | COMPRESSED):
+                start = (entry & OFFSET_MASK) // size
+                for first, stop, refcount in self._refcounts.runs(start, start + count):
+                    if refcount == 1:
+                        self._set_copied(index, table, at + first - start, stop - first)
+            at += count
+        if not self._l1.entries[index] & COPIED and self._refcounts.get(table.place // size) == 1:
+            self._l1.entries[index] |= COPIED
+            self._l1.mark(index)
+
+    def _set_copied(self, index: int, table: Table, at: int, count: int) -> None:
+        part = slice(at, at + count)
+        table.entries[part] = array("Q", [entry | COPIED for entry in table.entries[part]])
+        table.mark(at, count)
+        self._cache.change(index, table)
+
+    def correct(self, table: Table) -> None:
+        """Have an L2 table of a snapshot, in which nothing but flags has changed, written with the next cut."""
+        self._others[table.place] = table
+
+    def move_l1(self, entries: array[int], place: int, clusters: int) -> None:
+        """Have another L1 table, which has been written to ``place``, for a disk of so many clusters.
+
+        The L2 tables in memory stay what they are: if others take their place, nothing may wait to be written.
+        """
+        before = self._l1.entries
+        if entries[: len(before)] != before:
+            self._cache.clear()
+        self._l1 = Table(place, entries)
+        self._clusters = clusters
 
     def _gone(self, cluster: int, old: array[int], new: array[int]) -> list[tuple[int, int]]:
         """(offset, length) of the places in the file that ``old`` refers to and ``new`` does not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable
 from itertools import pairwise
 
 
@@ -27,6 +28,10 @@ class Occupied:
         """Add ``count`` clusters, none of which is in the set."""
         at = bisect_left(self._clusters, start)
         self._clusters[at:at] = array("Q", range(start, start + count))
+
+    def merge(self, clusters: Iterable[int]) -> None:
+        """Add all of these that are not in."""
+        self._clusters = array("Q", sorted({*self._clusters, *clusters}))
 
     def remove(self, start: int, count: int) -> None:
         """Take those of ``count`` clusters from ``start`` out that are in."""

@@ -6,11 +6,13 @@ itself. It goes out in this order (``|`` is a sync of the file; within a step th
 lost)::
 
     prepare   refcount blocks; new L2 tables; a new refcount table
-       |      (also makes durable all guest data and copied data written so far)
+       |      (also makes durable all guest data and copied data written so far, and new tables for the switch)
     publish   refcount table entries of new blocks; the header's pointer to a new refcount table
        |      (both only if there are any)
     link      changed L2 entries; L1 entries
        |
+    switch    the header's pointer to the L1 table, and the disk's size with it; its pointer to the snapshot table
+       |      (both only if they have changed)
     release   what the links above no longer refer to: wait until unused, lower its refcounts (in memory),
               discard it, let it be taken again
 
@@ -23,9 +25,9 @@ Why, step by step. Let a *reference* be anything in the file that names a cluste
   that counts itself is consistent before it is named (it is no reference) and after.
 - *No refcount below the references.* Counts are lowered only by release, when the sync after link has made it certain
   that no old reference comes back. The lowered counts are written whenever, by the next cut.
-- *COPIED is true.* It is set only in entries that name clusters just taken, whose refcount of exactly 1 is durable
-  before; nothing here ever raises a refcount above 1. What shares a cluster with a snapshot has no COPIED flag here,
-  and the snapshot's flags do not count.
+- *COPIED is true.* It is set only in entries that name clusters whose refcount of exactly 1 is durable before: they
+  were just taken, or given up by a snapshot. Only making a snapshot raises refcounts above 1, and sees to the flags
+  (below). What shares a cluster with a snapshot has no COPIED flag here, and the snapshot's flags do not count.
 - *No range shows what was written to another.* Data is in its new cluster before the L2 entry in memory names it,
   hence before the cut that has this entry, hence durable (sync after prepare) before the entry is linked. The old
   cluster is neither rewritten nor reused before release.
@@ -36,6 +38,29 @@ Why, step by step. Let a *reference* be anything in the file that names a cluste
   before, and the old one is released after.
 - *A cluster kept for zeroes* (ZERO_ALLOCATED, COPIED) is filled in place before it is linked as data; an older entry
   that a crash brings back names it as data of the same guest cluster, with nothing flushed since.
+
+Points in time (`snapshots`, `resize`) change what the image is. Each is a switch, which one sector brings about, with
+whatever it takes before and after. What comes before may be spread over any number of cuts, and so may what comes
+after: none of it changes what the disk holds, or any snapshot. All guest clusters are held meanwhile.
+
+========= ===================================== ====================================== =================================
+..        before                                switch                                 after
+========= ===================================== ====================================== =================================
+create    refcounts of all that the L1 table    the header names a snapshot table      the old snapshot table goes
+          leads to are raised; then COPIED is   with one entry more, which names a
+          cleared on the way to it              copy of the L1 table
+apply     refcounts of all that the snapshot's  the header names a copy of the         what only the old L1 table leads
+          L1 table leads to are raised; COPIED  snapshot's L1 table, and the size that  to goes, and that table
+          is cleared in its L2 tables           the disk had
+delete                                          the header names a snapshot table      what only the snapshot's L1 table
+                                                with one entry less                    leads to goes; then COPIED is set
+                                                                                       where a refcount is 1 again
+========= ===================================== ====================================== =================================
+
+- A crash before the switch leaves refcounts that are too high, which are leaks, and COPIED flags that do not agree with
+  them. Either is harmless: no two entries lead to a place that is COPIED. ``qemu-img check -r leaks`` mends both.
+- When the switch is made COPIED has been cleared durably, so that nothing that the snapshot has is written in place.
+- What goes is retired in cuts after the switch, and so released when that is durable.
 
 A step that fails leaves everything of its cut marked as changed; the next flush does all again. That is sound for the
 same reasons: what may be in the file already is of a cut whose refcounts were durable, and nothing of it has been
@@ -60,6 +85,7 @@ from nbdserver.errors import RequestError
 from nbdserver.layer import finish
 
 if TYPE_CHECKING:
+    from layers.qcow2.head import Head
     from layers.qcow2.mapping import WritableMapping
     from layers.qcow2.refcounts import Refcounts
     from layers.qcow2.storage import Storage
@@ -80,6 +106,7 @@ class Cut:
         self.prepares: list[Write] = []
         self.publishes: list[Write] = []
         self.links: list[Write] = []
+        self.switches: list[Write] = []
         self.retired: list[Retired] = []
         #: The refcount table that the header names when this is through, if it changes.
         self.published: Table | None = None
@@ -101,6 +128,10 @@ class Cut:
     def link(self, table: Table) -> None:
         """Write entries of the L1 table, or of an L2 table in use, in place."""
         self._take(table, self.links)
+
+    def switch(self, write: Write) -> None:
+        """Have the header say that the image is another disk, or has other snapshots."""
+        self.switches.append(write)
 
     def _take(self, table: Table, writes: list[Write]) -> None:
         sectors, table.changed = table.changed, set()
@@ -124,8 +155,11 @@ class Cut:
 class Order:
     """Flushes: one at a time, shared by those who wait for it."""
 
-    def __init__(self, storage: Storage, lock: threading.Lock, mapping: WritableMapping, refcounts: Refcounts) -> None:
+    def __init__(
+        self, storage: Storage, lock: threading.Lock, mapping: WritableMapping, refcounts: Refcounts, head: Head
+    ) -> None:
         self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
+        self._head = head
         self._turn = threading.Condition()
         self._running = False
         self._begun = self._done = 0
@@ -167,7 +201,7 @@ class Order:
     def close(self) -> None:
         """Flush until the file has everything, lowered refcounts too."""
         self.flush()
-        while not (self._mapping.is_clean and self._refcounts.is_clean):
+        while not (self._mapping.is_clean and self._refcounts.is_clean and self._head.is_clean):
             self.flush()
 
     def _flush(self) -> None:
@@ -176,6 +210,7 @@ class Order:
             cut = Cut()
             self._refcounts.cut(cut)
             self._mapping.cut(cut)
+            self._head.cut(cut)
         try:
             self._write_out(cut)
         except BaseException:
@@ -187,13 +222,14 @@ class Order:
             cut.end(written=True)
             self._refcounts.settle(cut)
             self._mapping.settle()
+            self._head.settle(cut)
         self._release(cut.retired)
 
     def _write_out(self, cut: Cut) -> None:
         self._write(cut.prepares)
         self._sync()
         cut.prepared()
-        for step in (cut.publishes, cut.links):
+        for step in (cut.publishes, cut.links, cut.switches):
             if step:
                 self._write(step)
                 self._sync()
@@ -219,7 +255,7 @@ class Order:
             with self._lock:
                 last = [
                     (first, end)
-                    for start, stop, times in _counted(retired)
+                    for start, stop, times in counted((run.start, run.stop) for run in retired)
                     for first, end, refcount in self._refcounts.runs(start, stop)
                     if refcount <= times
                 ]
@@ -229,7 +265,7 @@ class Order:
                 self._refcounts.retire_again(retired)
             raise
         with self._lock:  # never twice: should this fail half-way, the rest leaks
-            for start, stop, times in _counted(retired):
+            for start, stop, times in counted((run.start, run.stop) for run in retired):
                 self._refcounts.drop(start, stop, times)
 
     def _discard(self, unused: Iterable[tuple[int, int]], wanted: Iterable[tuple[int, int]]) -> None:
@@ -267,12 +303,12 @@ def _common(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) 
             b = next(two, None)
 
 
-def _counted(retired: Iterable[Retired]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, how often): the clusters that are in ``retired``, in order."""
+def counted(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, how often): what is in half-open runs, in order."""
     steps = Counter[int]()
-    for run in retired:
-        steps[run.start] += 1
-        steps[run.stop] -= 1
+    for first, end in runs:
+        steps[first] += 1
+        steps[end] -= 1
     start = times = 0
     for cluster, step in sorted(steps.items()):
         if times:

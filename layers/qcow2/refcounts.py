@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from array import array
 from collections.abc import Iterator
 from typing import Final
@@ -81,6 +82,30 @@ class Refcounts:
         block = self._block(number)
         return self._width.get(block.entries, index) if block is not None else 0
 
+    @property
+    def refcount_max(self) -> int:
+        """The highest refcount that there can be."""
+        return (1 << self._geometry.refcount_bits) - 1
+
+    def bounds(self, start: int, stop: int) -> tuple[int, int]:
+        """(least, greatest) of the refcounts of the clusters [start, stop). Raises ImageError, OSError."""
+        found = []
+        for number, index, count in self._by_block(start, stop):
+            block = self._block(number)
+            found.append(self._width.bounds(block.entries, index, count) if block is not None else (0, 0))
+        return min(least for least, _ in found), max(greatest for _, greatest in found)
+
+    def used_end(self) -> int:
+        """The first cluster behind all that are in use. Raises ImageError, OSError."""
+        blocks = -(-len(self._table.entries.tobytes().rstrip(b"\0")) // 8)
+        for number in reversed(range(blocks)):
+            block = self._block(number)
+            if block is not None:
+                used = self._width.used_end(block.entries)
+                if used:
+                    return number * self._geometry.block_entries + used
+        return 0
+
     def count_used(self, clusters: int, enough: int) -> int:
         """How many of the first ``clusters`` clusters are in use; counts no further than to ``enough``."""
         used = 0
@@ -103,6 +128,19 @@ class Refcounts:
         self._check_free(start, count)
         self._set(start, count, 1)
         return start, count
+
+    def share(self, start: int, stop: int, times: int) -> None:
+        """Raise the refcounts of the clusters [start, stop) by ``times``. Raises OSError; ImageError, with nothing
+        raised, if one of them is 0, or would be higher than there can be."""
+        least, greatest = self.bounds(start, stop)
+        if least == 0 or greatest + times > self.refcount_max:
+            raise self._storage.error(
+                "refcounts are wrong; repair the image with qemu-img check: those of the clusters",
+                start * self._geometry.cluster_size,
+                f"{least} to {greatest}",
+                f"1 to {self.refcount_max - times}",
+            )
+        self._add(start, stop, times)
 
     def take_contiguous(self, count: int) -> int:
         """Take ``count`` clusters, the first of which it gives, one after the other: for tables that need it.
@@ -172,6 +210,8 @@ class Refcounts:
 
         ``discard``: give the storage back, too, if that was the last reference.
         """
+        if not length:
+            return
         size = self._geometry.cluster_size
         start, stop = offset // size, (offset + length - 1) // size + 1
         self._retired_count += stop - start
@@ -183,6 +223,9 @@ class Refcounts:
 
     def drop(self, start: int, stop: int, times: int) -> None:
         """Lower the refcounts of the clusters [start, stop) by ``times``, and make those free that come to 0."""
+        if self.bounds(start, stop)[0] > times:
+            self._add(start, stop, -times)
+            return
         for first, end, refcount in list(self.runs(start, stop)):
             if refcount == 0:
                 continue  # two entries named what counted only once: it is free already, and may not become so twice
@@ -203,6 +246,14 @@ class Refcounts:
             length = self._width.run(block.entries, index, min(stop - start, self._geometry.block_entries - index))
             yield start, start + length, self._width.get(block.entries, index)
             start += length
+
+    def _by_block(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(block, index, count): the clusters [start, stop), by the blocks that count them."""
+        while start < stop:
+            number, index = divmod(start, self._geometry.block_entries)
+            count = min(stop - start, self._geometry.block_entries - index)
+            yield number, index, count
+            start += count
 
     def _scan(self, count: int) -> tuple[int, int]:
         """The next free clusters from the cursor on, which moves behind them."""
@@ -229,15 +280,22 @@ class Refcounts:
 
     def _set(self, start: int, count: int, value: int) -> None:
         """Set refcounts whose blocks exist."""
-        while count:
-            number, index = divmod(start, self._geometry.block_entries)
+        for number, index, here in self._by_block(start, start + count):
             block = self._block(number)
             assert block is not None
-            here = min(count, self._geometry.block_entries - index)
-            first, stop = self._width.fill(block.entries, index, here, value)
-            block.mark(first, stop - first)
-            self._cache.change(number, block)
-            start, count = start + here, count - here
+            self._note(number, block, *self._width.fill(block.entries, index, here, value))
+
+    def _add(self, start: int, stop: int, times: int) -> None:
+        """Add to refcounts, whose blocks exist; no sum is below 0 or above the highest there can be."""
+        for number, index, here in self._by_block(start, stop):
+            block = self._block(number)
+            assert block is not None
+            self._note(number, block, *self._width.add(block.entries, index, here, times))
+
+    def _note(self, number: int, block: Table, first: int, stop: int) -> None:
+        """The items [first, stop) of a block have changed."""
+        block.mark(first, stop - first)
+        self._cache.change(number, block)
 
     # -- table and blocks -------------------------------------------------------------------------------------------
 
@@ -367,6 +425,51 @@ class _Width:
             byte = entries[each // self._per_byte]
             entries[each // self._per_byte] = byte & ~(self._mask << shift) | value << shift
         return index // self._per_byte, (index + count - 1) // self._per_byte + 1
+
+    def add(self, entries: array[int], index: int, count: int, times: int) -> tuple[int, int]:
+        """Add ``times`` to ``count`` refcounts, none of which leaves its bounds by it; which of the array's items,
+        [first, stop), have them."""
+        first, stop, others = self._whole_items(index, count)
+        if first < stop:
+            # As one long number, in which, within bounds, nothing carries over from one refcount to the next.
+            ones = sum(1 << slot * self._bits for slot in range(self._per_byte)).to_bytes(
+                entries.itemsize, sys.byteorder
+            )
+            number = int.from_bytes(entries[first:stop].tobytes(), sys.byteorder)
+            number += int.from_bytes(ones * (stop - first), sys.byteorder) * times
+            entries[first:stop] = array(
+                self.typecode, number.to_bytes((stop - first) * entries.itemsize, sys.byteorder)
+            )
+        for each in others:
+            self.fill(entries, each, 1, self.get(entries, each) + times)
+        return index // self._per_byte, (index + count - 1) // self._per_byte + 1
+
+    def bounds(self, entries: array[int], index: int, count: int) -> tuple[int, int]:
+        """(least, greatest) of ``count`` refcounts."""
+        first, stop, others = self._whole_items(index, count)
+        items = entries[first:stop]
+        if self._bits >= 8:
+            return min(items), max(items)
+        found = {self._unpack(byte, slot) for byte in set(items) for slot in range(self._per_byte)}
+        found.update(self.get(entries, each) for each in others)
+        return min(found), max(found)
+
+    def _whole_items(self, index: int, count: int) -> tuple[int, int, list[int]]:
+        """Of ``count`` refcounts: the items of the array [first, stop) that hold nothing else, and the refcounts that
+        share an item with others."""
+        first, stop = -(-index // self._per_byte), (index + count) // self._per_byte
+        if first >= stop:
+            return first, first, list(range(index, index + count))
+        before, behind = range(index, first * self._per_byte), range(stop * self._per_byte, index + count)
+        return first, stop, [*before, *behind]
+
+    def used_end(self, entries: array[int]) -> int:
+        """How many refcounts there are up to the last one that is not 0."""
+        used_bytes = len(entries.tobytes().rstrip(b"\0"))
+        index = min(-(-used_bytes // entries.itemsize) * entries.itemsize * 8 // self._bits, self._entries)
+        while index and self.get(entries, index - 1) == 0:
+            index -= 1
+        return index
 
     def find_free(self, entries: array[int], start: int) -> int:
         """The first refcount of 0 from ``start`` on; the number of refcounts if there is none."""

@@ -1,27 +1,36 @@
 """What an image's metadata says of its own places, checked before anything is written.
 
 A table that is used for two purposes is where writing destroys images; that is refused here. So is a table outside
-the file. Specification: "Snapshots", for the snapshot table.
+the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from layers.ondisk.qcow2 import COPIED, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED, SNAPSHOT, SnapshotFields
+from layers.ondisk.qcow2 import COPIED, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from layers.qcow2.header import Header
-from layers.qcow2.limits import L1_TABLE_MAX, SNAPSHOT_EXTRA_DATA_MAX, SNAPSHOT_TABLE_MAX
 from layers.qcow2.mapping import Mapping
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.snapshot_table import Entry
 from layers.qcow2.storage import Storage
 
 
 class Survey:
     """Goes over the metadata of an image once, as it is opened for writing."""
 
-    def __init__(self, storage: Storage, header: Header, mapping: Mapping, refcounts: Refcounts) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        mapping: Mapping,
+        refcounts: Refcounts,
+        snapshots: tuple[Sequence[Entry], int],
+    ) -> None:
+        """``snapshots``: the entries of the snapshot table, and its length."""
         self._storage, self._header, self._mapping, self._refcounts = storage, header, mapping, refcounts
+        self._snapshot_entries, self._snapshots_length = snapshots
 
     def fill(self, occupied: Occupied) -> None:
         """Put every cluster of metadata that is known into ``occupied``. Raises ImageError, OSError."""
@@ -47,8 +56,7 @@ class Survey:
         yield "refcount table", header.refcount_table_offset // size, header.refcount_table_clusters
         yield from self._refcount_blocks()
         yield from self._l2_tables()
-        if header.snapshots_count:
-            yield from self._snapshots()
+        yield from self._snapshots()
 
     def _refcount_blocks(self) -> Iterator[tuple[str, int, int]]:
         for number, place in enumerate(self._refcounts.places):
@@ -78,24 +86,12 @@ class Survey:
 
     def _snapshots(self) -> Iterator[tuple[str, int, int]]:
         """The snapshot table, and the L1 tables that it names."""
-        offset = start = self._header.snapshots_offset
-        size = self._storage.cluster_size
-        for number in range(self._header.snapshots_count):
-            what = f"snapshot table, entry {number}"
-            offset = -(-offset // 8) * 8
-            if offset + SNAPSHOT.size > min(self._storage.size, start + SNAPSHOT_TABLE_MAX):
-                wanted = f"a table of at most {SNAPSHOT_TABLE_MAX} bytes within the file"
-                raise self._storage.error(what, offset, f"end {offset + SNAPSHOT.size:#x}", wanted)
-            fields = SnapshotFields._make(SNAPSHOT.unpack(self._storage.file.pread(offset, SNAPSHOT.size)))
-            if fields.extra_data_size > SNAPSHOT_EXTRA_DATA_MAX:
-                wanted = f"at most {SNAPSHOT_EXTRA_DATA_MAX}"
-                raise self._storage.error(f"{what}: extra data", offset + 36, fields.extra_data_size, wanted)
-            if fields.l1_size > L1_TABLE_MAX // 8:
-                wanted = f"at most {L1_TABLE_MAX // 8}"
-                raise self._storage.error(f"{what}: L1 table", offset + 8, fields.l1_size, wanted)
-            if fields.l1_size:
-                self._storage.check_place(f"{what}: L1 table", offset, fields.l1_table_offset)
-                clusters = self._header.geometry.clusters(fields.l1_size * 8)
-                yield f"{what}: L1 table", fields.l1_table_offset // size, clusters
-            offset += SNAPSHOT.size + fields.extra_data_size + fields.id_size + fields.name_size
-        yield "snapshot table", start // size, self._header.geometry.clusters(offset - start)
+        size, geometry = self._storage.cluster_size, self._header.geometry
+        if self._snapshot_entries:
+            yield "snapshot table", self._header.snapshots_offset // size, geometry.clusters(self._snapshots_length)
+        for number, entry in enumerate(self._snapshot_entries):
+            yield (
+                f"snapshot table, entry {number}: L1 table",
+                entry.l1_place // size,
+                geometry.clusters(entry.l1_count * 8),
+            )

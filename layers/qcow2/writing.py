@@ -72,12 +72,15 @@ class Writer:
         discard: Discard,
         changed: Callable[[int, int], None],
         allocate: Callable[[int], Vector],
+        order: Order,
     ) -> None:
         self._reader, self._mapping, self.refcounts, self._occupied = reader, mapping, refcounts, occupied
         self._storage, self._geometry = reader.storage, reader.geometry
         self._lock, self._clusters = lock, clusters
         self._discard, self._changed, self._allocate = discard, changed, allocate
-        self._order = Order(reader.storage, lock, mapping, refcounts)
+        self._order = order
+        #: Whether nothing may be overwritten in place, whatever the image says: a snapshot is being made.
+        self.frozen = False
 
     def flush(self) -> None:
         """Make everything that has completed durable."""
@@ -89,7 +92,7 @@ class Writer:
 
     def is_overwritable(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` hold its data and may be overwritten where they are."""
-        return run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
+        return not self.frozen and run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
         """What of the bytes [start, end) can be made zero by L2 entries: the whole clusters in it, [first, stop).

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -20,7 +21,16 @@ PLACE = 0x00FFFFFFFFFFFE00
 @dataclass
 class Report:
     errors: list[str] = field(default_factory=list)
+    #: Those of the errors that do no harm: COPIED is not what the refcount says, but nobody shares the place.
+    flags: list[str] = field(default_factory=list)
     leaks: int = 0
+
+
+class Snapshot(NamedTuple):
+    name: str
+    l1_offset: int
+    l1_size: int
+    disk_size: int
 
 
 class Image:
@@ -61,16 +71,18 @@ class Image:
     def l1_tables(self) -> Iterator[tuple[int, int, bool]]:
         """(offset, entries, whether it is the active one)."""
         yield self.l1_offset, self.l1_size, True
-        for _, offset, size in self._snapshots():
-            yield offset, size, False
+        for _, snapshot in self.snapshot_table():
+            yield snapshot.l1_offset, snapshot.l1_size, False
 
-    def _snapshots(self) -> Iterator[tuple[int, int, int]]:
+    def snapshot_table(self) -> Iterator[tuple[int, Snapshot]]:
+        """(where it ends, snapshot) of each entry."""
         at = self.snapshots_offset
         for _ in range(self.snapshots):
             at = -(-at // 8) * 8
             offset, size, id_size, name_size, *_, extra = struct.unpack_from(">QIHHIIQII", self.data, at)
+            disk_size = struct.unpack_from(">Q", self.data, at + 48)[0] if extra >= 16 else self.size
             at += 40 + extra + id_size + name_size
-            yield at, offset, size
+            yield at, Snapshot(bytes(self.data[at - name_size : at]).decode(), offset, size, disk_size)
 
     def compressed(self, entry: int) -> tuple[int, int]:
         shift = 62 - (self.bits - 8)
@@ -82,6 +94,8 @@ class Image:
 def check(data: bytes | bytearray) -> Report:
     image, report = Image(data), Report()
     counts, references = image.refcounts(), Counter[int]()
+    #: (what, place) of what the active tables say is theirs alone.
+    copied: list[tuple[str, int]] = []
 
     def refer(what: str, offset: int, length: int) -> None:
         if offset + length - len(data) >= image.cluster:
@@ -91,6 +105,12 @@ def check(data: bytes | bytearray) -> Report:
     def count(place: int) -> int:
         cluster = place // image.cluster
         return counts[cluster] if cluster < len(counts) else 0
+
+    def flag(what: str, entry: int) -> None:
+        if entry & COPIED:
+            copied.append((what, entry & PLACE))
+        if bool(entry & COPIED) != (count(entry & PLACE) == 1):
+            report.flags.append(f"{what}: refcount {count(entry & PLACE)}")
 
     refer("header", 0, image.cluster)
     refer("refcount table", image.table_offset, image.table_clusters * image.cluster)
@@ -102,7 +122,7 @@ def check(data: bytes | bytearray) -> Report:
             if references[place // image.cluster] > 1:
                 report.errors.append(f"refcount block {number} lies on something else")
     if image.snapshots:
-        end = max(at for at, _, _ in image._snapshots())
+        end = max(at for at, _ in image.snapshot_table())
         refer("snapshot table", image.snapshots_offset, end - image.snapshots_offset)
     for offset, size, active in image.l1_tables():
         refer("L1 table", offset, max(size * 8, 1))
@@ -114,8 +134,8 @@ def check(data: bytes | bytearray) -> Report:
             if not table:
                 continue
             refer(f"L2 table {index}", table, image.cluster)
-            if active and bool(l1_entry & COPIED) != (count(table) == 1):
-                report.errors.append(f"L1 entry {index} is {l1_entry:#x}, refcount {count(table)}")
+            if active:
+                flag(f"L1 entry {index} {l1_entry:#x}", l1_entry)
             for at, entry in enumerate(image.numbers(table, image.cluster // 8)):
                 name = f"L2 entry {index}.{at} {entry:#x}"
                 if entry & COMPRESSED:
@@ -127,27 +147,45 @@ def check(data: bytes | bytearray) -> Report:
                     report.errors.append(f"{name}: not an entry")
                 elif entry & PLACE:
                     refer(name, entry & PLACE, image.cluster)
-                    if active and bool(entry & COPIED) != (count(entry & PLACE) == 1):
-                        report.errors.append(f"{name}: refcount {count(entry & PLACE)}")
+                    if active:
+                        flag(name, entry)
     for cluster in range(max(len(counts), max(references) + 1)):
         found = counts[cluster] if cluster < len(counts) else 0
         if found < references[cluster]:
             report.errors.append(f"cluster {cluster}: refcount {found}, references {references[cluster]}")
         elif found > references[cluster]:
             report.leaks += 1
+    for what, place in copied:
+        if references[place // image.cluster] != 1:
+            report.errors.append(f"{what}: COPIED, but {references[place // image.cluster]} refer to it")
+    report.errors += report.flags
     return report
+
+
+def snapshots(data: bytes | bytearray, backing: bytes = b"") -> dict[str, bytes]:
+    """What the disk was in each snapshot, by name."""
+    image = Image(data)
+    return {
+        each.name: _read(image, each.l1_offset, each.l1_size, each.disk_size, backing)
+        for _, each in image.snapshot_table()
+    }
 
 
 def read(data: bytes | bytearray, backing: bytes = b"") -> bytes:
     """The whole disk; compressed clusters are deflate."""
     image = Image(data)
-    below = backing[: image.size].ljust(image.size, b"\0")
+    return _read(image, image.l1_offset, image.l1_size, image.size, backing)
+
+
+def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes) -> bytes:
+    data = image.data
+    below = backing[:size].ljust(size, b"\0")
     disk = bytearray()
     per_table = image.cluster // 8
-    for l1_entry in image.numbers(image.l1_offset, image.l1_size):
+    for l1_entry in image.numbers(l1_offset, l1_size):
         table = l1_entry & PLACE
         for entry in image.numbers(table, per_table) if table else [0] * per_table:
-            if len(disk) >= image.size:
+            if len(disk) >= size:
                 break
             place = entry & PLACE
             if entry & COMPRESSED:
@@ -159,4 +197,4 @@ def read(data: bytes | bytearray, backing: bytes = b"") -> bytes:
                 disk += bytes(data[place : place + image.cluster]).ljust(image.cluster, b"\0")
             else:
                 disk += below[len(disk) : len(disk) + image.cluster].ljust(image.cluster, b"\0")
-    return bytes(disk[: image.size])
+    return bytes(disk[:size]).ljust(size, b"\0")

@@ -75,7 +75,6 @@ class RecordedFile(Layer):
         self._do(Operation("sync", 0, b"", 0))
 
     def resize(self, size: int) -> None:
-        assert size >= len(self.data), "only grows"
         self._do(Operation("resize", size, b"", 0))
 
     def _do(self, operation: Operation) -> None:
@@ -88,6 +87,7 @@ class RecordedFile(Layer):
 def apply(data: bytearray, operation: Operation, sectors: Callable[[int], bool] | None = None) -> None:
     """Do an operation to a file's bytes, or only those of its sectors that ``sectors`` picks."""
     if operation.name == "resize":
+        del data[operation.offset :]
         data.extend(bytes(operation.offset - len(data)))
     elif operation.data:
         end = operation.offset + operation.length

@@ -15,7 +15,7 @@ from layers.qcow2.cache import Cache, Table
 from layers.qcow2.clusters import BadEntry, Geometry, Kind
 from layers.qcow2.freespace import FreeRuns
 from layers.qcow2.occupied import Occupied
-from layers.qcow2.order import Retired, _common, _counted, _joined
+from layers.qcow2.order import _common, _joined, counted
 from layers.qcow2.refcounts import _Width
 from tests.serving import SEED
 
@@ -71,6 +71,14 @@ def test_refcounts_of_every_width(order: int) -> None:
         assert width.run(table.entries, at, limit) == same
         assert width.count_used(table.entries, at) == sum(map(bool, model[:at]))
         assert width.count_used(table.entries, count) == sum(map(bool, model))
+        assert width.used_end(table.entries) == max((i + 1 for i in range(count) if model[i]), default=0)
+        part = model[start : start + length]
+        assert width.bounds(table.entries, start, length) == (min(part), max(part))
+        times = pick.choice((-min(part), largest - max(part), pick.randint(-min(part), largest - max(part))))
+        first, stop = width.add(table.entries, start, length, times)
+        assert first <= start * len(table.entries) // count and stop * count // len(table.entries) >= start + length
+        model[start : start + length] = [value + times for value in part]
+        assert [width.get(table.entries, i) for i in range(start, start + length)] == model[start : start + length]
     # As the specification lays them out: big-endian, and within a byte the lowest bits first.
     table.mark(0, len(table.entries))
     (write,) = table.encode(table.changed)
@@ -109,12 +117,8 @@ def test_arithmetic_of_runs(some: list[tuple[int, int]], others: list[tuple[int,
 
     assert clusters(list(_joined(some))) == clusters(some)
     assert clusters(list(_common(_joined(some), _joined(others)))) == clusters(some) & clusters(others)
-    counted = {
-        cluster: times
-        for start, stop, times in _counted(Retired(*run, False) for run in some)
-        for cluster in range(start, stop)
-    }
-    assert counted == {c: sum(start <= c < stop for start, stop in some) for c in clusters(some)}
+    found = {cluster: times for start, stop, times in counted(some) for cluster in range(start, stop)}
+    assert found == {c: sum(start <= c < stop for start, stop in some) for c in clusters(some)}
 
 
 @given(st.integers(0, (1 << 64) - 1), st.integers(9, 21), st.booleans())
