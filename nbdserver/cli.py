@@ -1,4 +1,4 @@
-"""The command line: ``nbdserver serve``, ``check-config``, ``list``, ``layers``, ``explain`` and ``tls``.
+"""The command line: ``nbdserver serve``, ``check-config``, ``list``, ``layers``, ``explain``, ``tls`` and ``ctl``.
 
 Exit status: 0 when all went well, 1 when something cannot be served (one line on stderr says what), 2 for wrong
 usage. What a program may want to read goes to stdout, everything else to stderr.
@@ -24,13 +24,17 @@ import click
 
 import nbdserver
 from nbdserver import client, config, explain, registry, uri
-from nbdserver.config import Config, ExportConfig
+from nbdserver.commands import Commands
+from nbdserver.config import Config
+from nbdserver.control import Control
+from nbdserver.ctl import ctl
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
+from nbdserver.service import Service, placed
 from nbdserver.tls import TlsConfig
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 #: The configuration that is served when nothing is named.
 CONFIG_DEFAULT: Final = "exports.toml"
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Failure(click.ClickException):
@@ -161,6 +165,12 @@ def main() -> None:
     help="Record every write, zero, discard and sync of every file there, for crash tests.",
 )
 @click.option(
+    "--control",
+    metavar="PATH",
+    type=click.Path(dir_okay=False),
+    help="A Unix socket for `nbdserver ctl`, for our own user and root.  [default: what the configuration says]",
+)
+@click.option(
     "--pid-file",
     metavar="FILE",
     type=click.Path(dir_okay=False),
@@ -189,6 +199,7 @@ def serve(
     tls_psk: str | None,
     tls_verify: bool | None,
     record: str | None,
+    control: str | None,
     pid_file: str | None,
     as_json: bool,
     verbose: bool,
@@ -201,7 +212,7 @@ def serve(
 
     Prints the URI of each export, and "ready" when connections are accepted. SIGTERM or SIGINT stops: what was
     accepted is finished first, a second signal ends it at once. SIGUSR1 prints the counters on stderr, one line of
-    JSON.
+    JSON. SIGHUP takes up a changed configuration (`nbdserver ctl reload`); with none, it stops too.
 
     \b
     Examples:
@@ -211,17 +222,22 @@ def serve(
     """
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet contradict each other")
-    wanted = _configured(sources, format, read_only or None)
     options: dict[str, Any] = {"backend": backend, "workers": workers, "pool": pool, "record": record}
     given = {key: value for key, value in options.items() if value is not None}
-    wanted = dataclasses.replace(
-        wanted,
-        listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
-        roots=(*wanted.roots, *roots),
-        engine=dataclasses.replace(wanted.engine, **given),
-        tls=_tls(wanted.tls, tls_mode, tls_certificates, tls_psk, tls_verify),
-    )
-    _Service(wanted, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
+
+    def configure() -> Config:
+        wanted = _configured(sources, format, read_only or None)
+        return dataclasses.replace(
+            wanted,
+            listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
+            roots=(*wanted.roots, *roots),
+            engine=dataclasses.replace(wanted.engine, **given),
+            tls=_tls(wanted.tls, tls_mode, tls_certificates, tls_psk, tls_verify),
+            control=control or wanted.control,
+        )
+
+    is_reloaded = not sources or sources[0].endswith(".toml")
+    _Serving(configure, is_reloaded, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
 
 
 @main.command("check-config", short_help="Check a configuration.")
@@ -332,7 +348,7 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
     whether the engine serves it alone or faults, which is to say calls Python.
 
     EXPORT may be "", the default export. OFFSET and LENGTH take units, such as 1M+4K. Nothing is written: images are
-    opened for reading only. Running servers cannot be asked yet, nor images that somebody is writing.
+    opened for reading only. What somebody is writing cannot be asked so; `nbdserver ctl explain` asks a running server.
 
     \b
     Examples:
@@ -340,7 +356,7 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
       nbdserver explain vm.qcow2 "" read 0+256K --json
     """
     if "://" in source or source.startswith("nbd+unix:"):
-        raise click.UsageError("a running server cannot be asked yet: name its configuration, or an image")
+        raise click.UsageError("name a configuration or an image; `nbdserver ctl explain` asks a running server")
     wanted = _configured((source,), format, None)
     try:
         offset, length = explain.parse_range(range_)
@@ -348,6 +364,9 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="OFFSET+LENGTH") from error
     click.echo(json.dumps(told.as_json(), indent=2) if as_json else explain.table(told))
+
+
+main.add_command(ctl)
 
 
 # -- serving -------------------------------------------------------------------------------------------------------
@@ -393,66 +412,50 @@ def _configured(sources: Sequence[str], format: str | None, read_only: bool | No
     return wanted
 
 
-class _Service:
-    """``serve`` from its start to its end."""
+class _Serving:
+    """``serve`` from its start to its end. ``configure`` gives the configuration, as it is whenever it is called;
+    ``is_reloaded``: it may change."""
 
-    def __init__(self, wanted: Config, *, pid_file: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
-        self._config, self._pid_file = wanted, pid_file
+    def __init__(
+        self,
+        configure: Callable[[], Config],
+        is_reloaded: bool,
+        *,
+        pid_file: str | None,
+        as_json: bool,
+        verbose: bool,
+        quiet: bool,
+    ) -> None:
+        self._config, self._pid_file = configure(), pid_file
+        self._reread = configure if is_reloaded else None
         self._as_json, self._is_verbose, self._is_quiet = as_json, verbose, quiet
         self._served: list[dict[str, Any]] = []
-        #: The nodes that exports share.
-        self._nodes: dict[str, Layer] = {}
 
     def run(self) -> None:
         """Serve until told to stop. Raises ConfigError, ImageError, OSError."""
-        from nbdserver.server import Server
-
-        engine = self._config.engine
-        with _signals() as events:
-            server = Server(
-                listen=self._config.listen,
-                backend=engine.backend,
-                workers=engine.workers,
-                pool=engine.pool,
-                fault_threads=engine.fault_threads,
-                roots=self._config.roots,
-                record=engine.record,
-                tls=self._config.tls,
-                log=self._log,
-            )
+        with _signals(self._reread is not None) as events:
+            service = Service(self._config, reread=self._reread, on_quit=lambda: events.put("stop"), log=self._log)
             with contextlib.ExitStack() as ending:
-                ending.callback(_uninterrupted, server.stop)
-                for export in self._config.exports:
-                    self._export(server, export)
-                server.start()
-                self._announce(server.listening)
+                ending.callback(_uninterrupted, service.stop)
+                service.start(self._opened)
+                if self._config.control is not None:
+                    ending.enter_context(self._control(service, self._config.control))
+                self._announce(service.server.listening)
                 if self._pid_file is not None:
                     ending.enter_context(_pid_file(self._pid_file))
-                self._wait(server, events)
+                self._wait(service, events)
             if self._is_verbose:
-                _print_stats(server)
+                _print_stats(service.server)
 
-    def _export(self, server: Server, export: ExportConfig) -> None:
-        layer, read_only = export.build(self._nodes)
-        if read_only and export.read_only is None:
-            self._log(
-                f"{export.image} was probed as raw and is served read-only; if it is a raw disk, say so: format raw"
-            )
-        with _placed(export):
-            server.export(
-                export.name,
-                layer,
-                read_only=read_only,
-                description=export.description,
-                default=export.default,
-                tls_required=export.tls_required,
-            )
-        read_only = read_only or layer.read_only
-        row = {"name": export.name, "size": layer.size, "format": layer.type, "read_only": read_only}
-        tls = export.tls_required or self._config.tls.mode is TlsMode.REQUIRED
-        self._served.append({**row, "description": export.description, "default": export.default, "tls": tls})
+    def _opened(self, row: dict[str, Any]) -> None:
+        self._served.append(row)
         if self._is_verbose:
-            self._log(f"export {_in_words(self._served[-1])}")
+            self._log(f"export {_in_words(row)}")
+
+    def _control(self, service: Service, path: str) -> Control:
+        directory = os.path.dirname(self._config.exports[0].where.file or "")
+        commands = Commands(service, directory).table()
+        return Control(path, commands, mode=self._config.control_mode, log=self._log)
 
     def _announce(self, listening: Sequence[str]) -> None:
         """Say on stdout where everything is."""
@@ -468,16 +471,25 @@ class _Service:
                 click.echo(address)
         click.echo("ready")
 
-    def _wait(self, server: Server, events: queue.SimpleQueue[str]) -> None:
-        """Return when a signal, or the server itself, says that it is over."""
+    def _wait(self, service: Service, events: queue.SimpleQueue[str]) -> None:
+        """Return when a signal, a client of the control socket, or the server itself says that it is over."""
 
         def wait() -> None:
-            server.wait()
+            service.server.wait()
             events.put("stop")
 
         threading.Thread(target=wait, name="wait", daemon=True).start()
-        while events.get() != "stop":
-            _print_stats(server)
+        while (event := events.get()) != "stop":
+            if event == "stats":
+                _print_stats(service.server)
+            else:
+                self._reload(service)
+
+    def _reload(self, service: Service) -> None:
+        try:
+            _uninterrupted(service.reload)
+        except (NbdserverError, OSError) as error:
+            click.echo(f"nbdserver: not reloaded, nothing has changed: {error}", err=True)
 
     def _log(self, message: str) -> None:
         if not self._is_quiet:
@@ -485,8 +497,9 @@ class _Service:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[queue.SimpleQueue[str]]:
-    """Signals as a queue of "stop" and "stats". A second one to stop ends the process there and then."""
+def _signals(is_reloaded: bool) -> Iterator[queue.SimpleQueue[str]]:
+    """Signals as a queue of "stop", "stats" and, ``is_reloaded``, "reload". A second one to stop ends the process there
+    and then."""
     # A signal handler may interrupt anything, also a put on the same queue: SimpleQueue is made for that.
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
     stopping = False
@@ -499,6 +512,7 @@ def _signals() -> Iterator[queue.SimpleQueue[str]]:
         events.put("stop")
 
     handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(STOP_SIGNALS, stop)
+    handlers[signal.SIGHUP] = (lambda number, frame: events.put("reload")) if is_reloaded else stop
     handlers[signal.SIGUSR1] = lambda number, frame: events.put("stats")
     # Who started us with SIGHUP ignored (nohup) wants it so.
     chosen = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
@@ -541,18 +555,6 @@ def _pid_file(path: str) -> Iterator[None]:
             os.unlink(path)
 
 
-@contextlib.contextmanager
-def _placed(export: ExportConfig) -> Iterator[None]:
-    """A ConfigError from opening layers is told where in the configuration the export is."""
-    try:
-        yield
-    except ConfigError as error:
-        if error.file is None and export.where.file is not None:
-            where = export.where
-            raise ConfigError(error.message, file=where.file, table=where.table, key=error.key) from error
-        raise
-
-
 def _print_stats(server: Server) -> None:
     click.echo(json.dumps(server.stats()), err=True)
 
@@ -571,7 +573,7 @@ def _examine(wanted: Config) -> list[dict[str, Any]]:
     for export in wanted.exports:
         row: dict[str, Any] = {"name": export.name, "description": export.description, "default": export.default}
         try:
-            with _placed(export):
+            with placed(export):
                 layer, read_only = export.build()
                 with _opened(graph, layer, FileOpener(graph, files, roots=wanted.roots, read_only=True)):
                     row |= {"size": layer.size, "format": layer.type, "read_only": read_only}

@@ -3,6 +3,7 @@
 ::
 
     listen = ["nbd://127.0.0.1:10809"]       addresses, as NBD URIs
+    control = "nbdserver.ctl"                a Unix socket for `nbdserver ctl`; control_mode = 0o600
     roots = ["/srv/images"]                  where images may name files (backing files)
 
     [tls]                                    mode, certificates, psk, verify_clients
@@ -72,6 +73,7 @@ from nbdserver.limits import (
     POOL_MIN,
     ROOTS_COUNT_MAX,
     SHOWN_COUNT_MAX,
+    SOCKET_PATH_MAX,
     STRING_MAX,
     WORKERS_COUNT_MAX,
 )
@@ -80,6 +82,13 @@ from nbdserver.tls import NO_TLS, TlsConfig
 
 #: What an export says of TLS: as the server does, or that it is to be had with TLS alone.
 EXPORT_TLS: Final = ("default", "required")
+
+#: Keys of the file, and of the table of an export.
+TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
+EXPORT_KEYS: Final = ("image", "format", "layers", "read_only", "description", "default", "tls")
+
+#: Whoever may use the control socket: its owner.
+CONTROL_MODE_DEFAULT: Final = 0o600
 
 BACKENDS: Final = ("auto", "io_uring", "threads")
 
@@ -158,6 +167,11 @@ class ExportConfig:
             )
 
     @property
+    def named_nodes(self) -> set[str]:
+        """The nodes that its layers name, and those that these name."""
+        return _nodes_in(self.layers, self.nodes)
+
+    @property
     def _directory(self) -> str:
         return os.path.dirname(self.where.file or "")
 
@@ -174,11 +188,14 @@ class Config:
     roots: tuple[str, ...] = ()
     engine: EngineConfig = EngineConfig()
     tls: TlsConfig = NO_TLS
+    #: The path of the control socket, if there is to be one, and its permissions.
+    control: str | None = None
+    control_mode: int = CONTROL_MODE_DEFAULT
 
 
 def load(path: str) -> Config:
     """Read and check ``path``; every layer is built once, to check its keys. Opens no image. Raises ConfigError."""
-    top = _Table(_read(path), Where(path), ("listen", "roots", "tls", "engine", "nodes", "exports"))
+    top = _Table(_read(path), Where(path), TOP_KEYS)
     directory = os.path.dirname(path)
     listen = top.texts("listen", LISTEN_COUNT_MAX)
     nodes = _nodes(top.tables("nodes", NODES_COUNT_MAX), path)
@@ -200,7 +217,25 @@ def load(path: str) -> Config:
         tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
         _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory),
         tls,
+        _control(top, directory),
+        _mode(top),
     )
+
+
+def _control(top: _Table, directory: str) -> str | None:
+    path = top.text("control")
+    if path is None:
+        return None
+    path = os.path.join(directory, path)
+    length = len(os.fsencode(path))
+    if length > SOCKET_PATH_MAX:
+        top.refuse("control", f"found a path of {length} bytes; a Unix socket's has at most {SOCKET_PATH_MAX}")
+    return path
+
+
+def _mode(top: _Table) -> int:
+    mode = top.number("control_mode", 0, 0o777)
+    return CONTROL_MODE_DEFAULT if mode is None else mode
 
 
 def of_images(paths: Sequence[str], *, format: str | None = None, read_only: bool | None = None) -> Config:
@@ -219,6 +254,14 @@ def of_images(paths: Sequence[str], *, format: str | None = None, read_only: boo
         _check_string(name, Where(path), "the file's name")
     _check_count(len(exports), EXPORTS_COUNT_MAX, NOWHERE, "images")
     return Config(tuple(exports.values()))
+
+
+def one_export(name: str, values: Mapping[str, object], directory: str) -> ExportConfig:
+    """The export that a table [exports.NAME] with these values means, in a configuration in ``directory``. Raises
+    ConfigError."""
+    where = Where(None, f"exports.{_toml_key(name)}")
+    _check_string(name, where, "the export's name")
+    return _export(name, _Table(values, where, EXPORT_KEYS), directory, {})
 
 
 def _read(path: str) -> dict[str, object]:
@@ -298,8 +341,7 @@ def _exports(tables: Mapping[str, object], file: str, nodes: Mapping[str, NodeCo
     for name, values in tables.items():
         where = Where(file, f"exports.{_toml_key(name)}")
         _check_string(name, where, "the export's name")
-        keys = ("image", "format", "layers", "read_only", "description", "default", "tls")
-        yield _export(name, _Table(values, where, keys), os.path.dirname(file), nodes)
+        yield _export(name, _Table(values, where, EXPORT_KEYS), os.path.dirname(file), nodes)
 
 
 def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeConfig]) -> ExportConfig:
@@ -358,6 +400,47 @@ def _check_names(exports: Sequence[ExportConfig]) -> None:
             key = "default" if export.default else None
             _refuse(export.where, key, f"[{first.where.table}] is the default export already, there can be one")
         first = export
+
+
+# -- what has changed ----------------------------------------------------------------------------------------------
+
+
+class Disks:
+    """What the disks of a configuration are made of, and how they are served: equal for the same in two configurations.
+
+    It has no say in what an export is told of besides: its description, and whether it is the default.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._nodes = config.exports[0].nodes
+        named = [export.named_nodes for export in config.exports if not export.read_only]
+        #: A node is read-only if all exports that name it are.
+        self._written = set().union(*named)
+
+    def of(self, export: ExportConfig) -> object:
+        told = {field.name: getattr(export, field.name) for field in dataclasses.fields(export)}
+        for key in ("description", "default", "where", "nodes"):
+            del told[key]
+        return told, [self.node(name) for name in sorted(export.named_nodes)]
+
+    def node(self, name: str) -> object:
+        """What a node is made of, those below it included; None if there is none such."""
+        if name not in self._nodes:
+            return None
+        below = sorted({name, *_nodes_in(self._nodes[name].layers, self._nodes)})
+        return [(node, self._nodes[node].layers, node in self._written) for node in below]
+
+
+def _nodes_in(value: object, nodes: Mapping[str, NodeConfig]) -> set[str]:
+    """The nodes that a stack names, and those that they name."""
+    if isinstance(value, list):
+        return {name for item in value for name in _nodes_in(item, nodes)}
+    if not isinstance(value, dict):
+        return set()
+    name = value.get("node")
+    if isinstance(name, str) and name in nodes:
+        return {name, *_nodes_in(nodes[name].layers, nodes)}
+    return {name for item in value.values() for name in _nodes_in(item, nodes)}
 
 
 # -- stacks --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -66,12 +66,14 @@ class Hop:
 
 @dataclass(frozen=True)
 class Part:
-    """A range of the request, and whether the engine needs Python for it once it knows where the range lives."""
+    """A range of the request, and whether the engine needs Python for it: where it has been asked (``cached`` is not
+    None), now; else once it knows where the range lives. ``cached``: whether it does."""
 
     offset: int
     length: int
     faults: bool
     why: str
+    cached: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,40 @@ class Explanation:
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def of_json(cls, told: dict[str, Any]) -> Explanation:
+        """What `as_json` gave."""
+        hops = tuple(Hop(**{**hop, "steps": tuple(Step(**step) for step in hop["steps"])}) for hop in told["hops"])
+        return cls(**{**told, "hops": hops, "engine": tuple(Part(**part) for part in told["engine"])})
+
 
 def explain(wanted: Config, name: str, operation: Operation, offset: int, length: int) -> Explanation:
     """Open one export of ``wanted`` and explain a request to it. ValueError for a request that no client may make,
     ConfigError, ImageError."""
     export = find(wanted, name)
     with _opened(wanted, export) as (root, read_only):
-        _check(operation, offset, length, root.size)
-        refused = None
-        if operation is not Operation.READ and (read_only or root.read_only):
-            refused = "the export is read-only: EPERM"
-        walk = _Walk(root, _request(operation, offset, length))
-        hops = () if refused else tuple(walk.hops())
-        engine = () if refused else tuple(_engine(root, operation, offset, length))
-    return Explanation(export.name, operation.value, offset, length, walk.size, refused, hops, engine, walk.is_cut_off)
+        return explain_layers(export.name, root, read_only, operation, offset, length)
+
+
+#: Which parts of a range the engine has cached, to be written or not: (offset, length, write) -> (length, is it?) runs.
+Known = Callable[[int, int, bool], Sequence[tuple[int, bool]]]
+
+
+def explain_layers(
+    name: str, root: Layer, read_only: bool, operation: Operation, offset: int, length: int, known: Known | None = None
+) -> Explanation:
+    """Explain a request to an export whose layers are open, and of which the engine, asked by ``known``, may have met a
+    part already. ValueError for a request that no client may make."""
+    _check(operation, offset, length, root.size)
+    refused = None
+    if operation is not Operation.READ and (read_only or root.read_only):
+        refused = "the export is read-only: EPERM"
+    walk = _Walk(root, _request(operation, offset, length))
+    hops = () if refused else tuple(walk.hops())
+    engine = () if refused else tuple(_engine(root, operation, offset, length))
+    if known is not None:
+        engine = tuple(part for whole in engine for part in _met(whole, operation, known))
+    return Explanation(name, operation.value, offset, length, walk.size, refused, hops, engine, walk.is_cut_off)
 
 
 def find(wanted: Config, name: str) -> ExportConfig:
@@ -202,8 +224,13 @@ class Unwritten(PlainFile):
 class UnwrittenFiles(Files):
     """Files that are opened for reading alone, also by who wants to write."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, locked: bool = True) -> None:
         super().__init__(lambda fd, name, read_only, mode: Unwritten(fd, name, read_only))
+        self._is_locked = locked
+
+    def _lock_image(self, fd: int, path: str, read_only: bool) -> None:
+        if self._is_locked:
+            super()._lock_image(fd, path, read_only)
 
     def open(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> PlainFile:
         file = super().open(path, read_only=True, mode=mode)
@@ -212,12 +239,19 @@ class UnwrittenFiles(Files):
         return file
 
 
+def trial(wanted: Config, export: ExportConfig) -> None:
+    """Open and close an export of ``wanted`` and change nothing, though its files be locked: to see that it can be.
+    Nobody may write them meanwhile. Raises ConfigError, ImageError."""
+    with _opened(wanted, export, locked=False):
+        pass
+
+
 @contextlib.contextmanager
-def _opened(wanted: Config, export: ExportConfig) -> Iterator[tuple[Layer, bool]]:
+def _opened(wanted: Config, export: ExportConfig, *, locked: bool = True) -> Iterator[tuple[Layer, bool]]:
     """The root layer, open, and whether the configuration has it read-only."""
     root, read_only = export.build()
     graph = Graph()
-    graph.open(root, FileOpener(graph, UnwrittenFiles(), roots=wanted.roots, read_only=read_only))
+    graph.open(root, FileOpener(graph, UnwrittenFiles(locked=locked), roots=wanted.roots, read_only=read_only))
     try:
         yield root, read_only
     finally:
@@ -359,6 +393,16 @@ def _engine(root: Layer, operation: Operation, offset: int, length: int) -> Iter
         yield last
 
 
+def _met(part: Part, operation: Operation, known: Known) -> Iterator[Part]:
+    """What the engine would do now: a part that it has not met faults, to be resolved."""
+    offset = part.offset
+    for length, cached in known(part.offset, part.length, operation is Operation.WRITE):
+        unknown = not part.faults and not cached
+        why = f"not cached: it is to be resolved; then {part.why}" if unknown else part.why
+        yield Part(offset, length, part.faults or unknown, why, cached)
+        offset += length
+
+
 def _fault(leaf: Leaf, operation: Operation, length: int) -> tuple[bool, str]:
     if operation is Operation.ZERO:
         return True, "zero requests are always run by the layers"
@@ -387,14 +431,18 @@ def table(explanation: Explanation) -> str:
     rows: list[tuple[str, ...]] = [("LAYER", "RANGE", "FLAGS", "LIVES AT", "FLAG", "WHY")]
     for hop in it.hops:
         rows.extend(_rows(hop))
-    lines += ["", *_columns(rows)]
+    lines += ["", *columns(rows)]
     if it.is_cut_off:
         lines.append(f"... and more: only {EXTENTS_SHOWN_COUNT_MAX} extents are shown")
-    engine = [("RANGE", "ENGINE", "WHY")]
+    engine = [("RANGE", "ENGINE", "CACHED", "WHY")]
+    cached = {None: "?", True: "yes", False: "no"}
     engine += [
-        (_range(part.offset, part.length), "faults" if part.faults else "no fault", part.why) for part in it.engine
+        (_range(part.offset, part.length), "faults" if part.faults else "no fault", cached[part.cached], part.why)
+        for part in it.engine
     ]
-    lines += ["", *_columns(engine), "", "A range that the engine has not met before faults once more, to be resolved."]
+    lines += ["", *columns(engine)]
+    if any(part.cached is None for part in it.engine):
+        lines += ["", "A range that the engine has not met before faults once more, to be resolved."]
     return "\n".join(lines)
 
 
@@ -418,6 +466,7 @@ def _range(offset: int, length: int) -> str:
     return f"{offset:#x}+{length}"
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
+def columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """A table's rows as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -317,6 +317,14 @@ def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
     return PlainFile(fd, name, read_only, mode)
 
 
+class BusyError(ImageError):
+    """Somebody in this process has the file open already, as ``file``, and does not share it."""
+
+    def __init__(self, message: str, *, path: str, file: OpenFile) -> None:
+        super().__init__(message, path=path)
+        self.file = file
+
+
 #: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).
 Identity = tuple[str, int, int]
 
@@ -362,7 +370,7 @@ class Files:
         same = self._open.get(identity, {})
         for other in same.values():
             if not (read_only and other.read_only):
-                raise ImageError(_both_uses(other, read_only), path=path)
+                raise BusyError(_both_uses(other, read_only), path=path, file=other.file)
         known = same.get(mode)
         if known is not None:
             known.users += 1
@@ -372,7 +380,7 @@ class Files:
         except OSError as error:
             raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=path) from error
         undo.callback(os.close, lock)
-        lock_image(lock, path, read_only=read_only)
+        self._lock_image(lock, path, read_only)
         undo.pop_all()
         try:
             file = self._wrap(fd, path, read_only, mode)
@@ -382,6 +390,9 @@ class Files:
         self._open.setdefault(identity, {})[mode] = _Open(file, lock, path, read_only)
         self._places[file] = (identity, mode)
         return file
+
+    def _lock_image(self, fd: int, path: str, read_only: bool) -> None:
+        lock_image(fd, path, read_only=read_only)
 
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes; give it back with `close`. Raises ConfigError."""

@@ -398,6 +398,10 @@ class Graph:
         with self._lock:
             self._users[layer] = 1
 
+    def is_open(self, layer: Layer) -> bool:
+        with self._lock:
+            return layer in self._users
+
     def share(self, layer: Layer) -> bool:
         """Count one more user of ``layer`` if it is open; whether it is."""
         with self._lock:

@@ -136,6 +136,13 @@ DRAIN_TIMEOUT: Final = 60.0
 #: Connections the kernel queues before they are accepted.
 CONNECTIONS_BACKLOG: Final = 128
 
+#: The control socket: the longest line, as a long list of layers; connections at once, each of which has a thread;
+#: seconds that a reply may take to be read. As a client of it: the longest reply, as thousands of exports with clients.
+CONTROL_LINE_MAX: Final = 64 * KIB
+CONTROL_CONNECTIONS_COUNT_MAX: Final = 16
+CONTROL_SEND_TIMEOUT: Final = 10.0
+CONTROL_REPLY_MAX: Final = 64 * MIB
+
 #: As a client (``nbdserver list URI``): seconds to wait for a server that says nothing; the largest reply, a name and a
 #: description with the length between them; replies to one option, as no server has more exports.
 CLIENT_TIMEOUT: Final = 10.0

@@ -13,6 +13,7 @@ A change is one step for clients: whoever looks sees all of it or nothing. Nothi
 from __future__ import annotations
 
 import dataclasses
+import enum
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -59,6 +60,17 @@ class Client:
         export = None if self.export is None else self.export.name
         about = {"id": self.id, "address": self.connection.peer, "since": self.since, "export": export}
         return {**about, **self.connection.counters()}
+
+
+class Removal(enum.Enum):
+    """What becomes of an export's clients when it is removed: QEMU's ``BlockExportRemoveMode``, and DRAIN."""
+
+    #: There are none, or it is not removed.
+    SAFE = "safe"
+    #: They are disconnected.
+    HARD = "hard"
+    #: They stay; no new ones are taken, and the export ends after the last of them.
+    DRAIN = "drain"
 
 
 class Keep:

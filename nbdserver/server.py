@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import errno
 import functools
 import itertools
@@ -45,7 +44,7 @@ from nbdserver.limits import (
     WORKERS_MAX,
 )
 from nbdserver.listening import Listener, bind
-from nbdserver.offers import KEEP, Client, Keep, Offers
+from nbdserver.offers import KEEP, Client, Keep, Offers, Removal
 from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
 from nbdserver.tls import NO_TLS, TlsConfig
@@ -149,17 +148,6 @@ class Supplies:
         return self._engine.new_dirty_log()
 
 
-class Removal(enum.Enum):
-    """What becomes of an export's clients when it is removed: QEMU's ``BlockExportRemoveMode``, and DRAIN."""
-
-    #: There are none, or it is not removed.
-    SAFE = "safe"
-    #: They are disconnected.
-    HARD = "hard"
-    #: They stay; no new ones are taken, and the export ends after the last of them.
-    DRAIN = "drain"
-
-
 class Export:
     """One export: a layer graph, and the engine's cache of where its bytes live."""
 
@@ -196,6 +184,10 @@ class Export:
             yield
         finally:
             self.engine_export.drain_end()
+
+    def describe(self, description: str) -> None:
+        """Have clients told another description."""
+        self.info = dataclasses.replace(self.info, description=description)
 
     def resized(self) -> None:
         """The root has another size, in a drained section: clients learn of it when they connect again."""
@@ -385,7 +377,7 @@ class Server:
         self._files = Files(self._supplies.open_file)
         self._lock = threading.Lock()
         #: Held by who opens, closes or joins layers, and for the time of drained sections: see `drained`.
-        self._structure = threading.RLock()
+        self.structure = threading.RLock()
         self._offers: Offers[Export] = Offers()
         #: The exports that take clients, by name. Read only.
         self.exports: Mapping[str, Export] = self._offers.exports
@@ -396,7 +388,10 @@ class Server:
         self._threads: list[threading.Thread] = []
         #: Threads that end exports whose last client has left.
         self._enders: set[threading.Thread] = set()
-        self._listeners: list[Listener] = []
+        #: Those that are accepted on, once started: first those of ``listen``.
+        self.listeners: list[Listener] = []
+        #: Is told of exports that have ended after their last client.
+        self.on_end: Callable[[Export], None] = lambda export: None
         self._stopping = threading.Event()
         self._stopped = threading.Event()
 
@@ -411,15 +406,18 @@ class Server:
         description: str = "",
         default: bool = False,
         tls_required: bool = False,
+        roots: Sequence[str | os.PathLike[str]] | None = None,
     ) -> Export:
         """Open ``layer`` and everything below it, and export it as ``name`` (and under "", if ``default``).
-        ``tls_required``: to clients with TLS alone.
+        ``tls_required``: to clients with TLS alone. ``roots``: where images may name files, if not in the server's.
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
-        with self._structure:
+        with self.structure:
             self._offers.check_free(name, default)
-            export = self.open(name, layer, read_only=read_only, description=description, tls_required=tls_required)
+            export = self.open(
+                name, layer, read_only=read_only, description=description, tls_required=tls_required, roots=roots
+            )
             try:
                 self.change(add=[export], default=name if default else KEEP)
             except BaseException:
@@ -435,10 +433,13 @@ class Server:
         read_only: bool = False,
         description: str = "",
         tls_required: bool = False,
+        roots: Sequence[str | os.PathLike[str]] | None = None,
     ) -> Export:
         """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
-        with self._structure:
-            self._graph.open(layer, self._opener(read_only))
+        with self.structure:
+            if self._stopping.is_set():
+                raise ConfigError("the server is stopping")
+            self._graph.open(layer, self._opener(read_only, self._roots if roots is None else roots))
             try:
                 read_only = read_only or layer.read_only
                 info = ExportInfo(
@@ -458,11 +459,14 @@ class Server:
             self._by_id[engine_export.id] = export
             return export
 
-    def _opener(self, read_only: bool) -> FileOpener:
+    def is_open(self, layer: Layer) -> bool:
+        return self._graph.is_open(layer)
+
+    def _opener(self, read_only: bool, roots: Sequence[str | os.PathLike[str]]) -> FileOpener:
         return FileOpener(
             self._graph,
             self._files,
-            roots=self._roots,
+            roots=roots,
             read_only=read_only,
             allocate=self._supplies.allocate,
             meter=self._supplies.meter,
@@ -504,7 +508,7 @@ class Server:
         try:
             while not export.engine_export.drain_begin(DRAIN_TIMEOUT):
                 self._log(f"export {export.name!r} cannot end: its requests have been running for {DRAIN_TIMEOUT} s")
-            with self._structure:
+            with self.structure:
                 self._graph.close(export.root)
         finally:
             self._by_id.pop(export.engine_export.id, None)
@@ -521,9 +525,9 @@ class Server:
             raise ConfigError(f"export {name!r} is read-only")
         with self.drained(export.root) as exports:
             writable = {layer for _, layer in walk(export.root) if not layer.read_only}
-            for other in [
-                other for other in self._by_id.values() if not other.is_ending and other.root is not export.root
-            ]:
+            for other in self.opened:
+                if other.root is export.root or other.is_ending:
+                    continue
                 if not writable.isdisjoint(layer for _, layer in walk(other.root)):
                     raise ConfigError(f"export {name!r} stands on layers that export {other.name!r} uses too")
             try:
@@ -538,9 +542,8 @@ class Server:
 
         Not from within a request. Raises TimeoutError when requests will not end.
         """
-        with self._structure, contextlib.ExitStack() as sections:
-            opened = list(self._by_id.values())
-            exports = [export for export in opened if any(found is layer for _, found in walk(export.root))]
+        with self.structure, contextlib.ExitStack() as sections:
+            exports = [export for export in self.opened if any(found is layer for _, found in walk(export.root))]
             for export in exports:
                 sections.enter_context(export.drained(timeout))
             yield exports
@@ -551,12 +554,30 @@ class Server:
             raise ConfigError(f"there is no export {name!r}")
         return export
 
+    @property
+    def opened(self) -> list[Export]:
+        """All that have open layers, offered or not."""
+        return list(self._by_id.values())
+
+    @property
+    def leaving(self) -> list[Export]:
+        """Those that take no clients any more, and are not over."""
+        return self._offers.leaving
+
+    @property
+    def default(self) -> str | None:
+        """The name of the default export."""
+        return self._offers.default
+
     # -- clients -------------------------------------------------------------------------------------------------
 
     @property
     def clients(self) -> list[Client]:
         """Those that are connected, in the order in which they came."""
         return sorted(self._clients.values(), key=lambda client: client.id)
+
+    def clients_of(self, export: Export) -> list[Client]:
+        return self._offers.clients_of(export)
 
     def disconnect(self, id: int) -> None:
         """Close one client's connection. Raises ConfigError if there is none such."""
@@ -571,17 +592,17 @@ class Server:
     @property
     def listening(self) -> list[str]:
         """Actual addresses as NBD URIs, once started."""
-        return [str(listener.address) for listener in self._listeners]
+        return [str(listener.address) for listener in self.listeners]
 
     def accept(self, listener: Listener) -> None:
         """Serve those who connect to ``listener``, too. The server is running."""
         while listener.sockets:
             listener.numbers.append(self._engine.listen(listener.sockets.pop(0).detach()))
-        self._listeners.append(listener)
+        self.listeners.append(listener)
 
     def refuse(self, listener: Listener) -> None:
         """Accept no more on ``listener``; who is connected stays."""
-        self._listeners.remove(listener)
+        self.listeners.remove(listener)
         for number in listener.numbers:
             self._engine.unlisten(number)
         listener.close()
@@ -624,13 +645,13 @@ class Server:
         self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
         for thread in (*self._threads, *self._enders):
             thread.join()
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.close()
         for client in self.clients:
             self._offers.leave(client)
         self._clients.clear()
         try:
-            with contextlib.ExitStack() as closing:
+            with self.structure, contextlib.ExitStack() as closing:
                 for export in self._offers.take_all():
                     closing.callback(self.end, export)
         finally:
@@ -772,6 +793,8 @@ class Server:
         except Exception as error:
             _log.exception("export %r did not end well", export.name)
             self._log(f"export {export.name!r} did not end well: {error}")
+        try:
+            self.on_end(export)
         finally:
             self._enders.discard(threading.current_thread())
 

@@ -59,6 +59,7 @@ class Notes:
         self.exports: dict[str, dict[str, Any]] = {}
         self.calls: list[str] = []
         self.listening: list[str] = []
+        self.listeners = list(settings["listen"])
         self.graph = Graph()
         self.over = threading.Event()
 
@@ -69,7 +70,7 @@ class Notes:
 
     def start(self) -> None:
         self.calls.append("start")
-        self.listening = [address.replace(":0", ":4711") for address in self.settings["listen"]]
+        self.listening = [address.replace(":0", ":4711") for address in self.listeners]
 
     def wait(self) -> None:
         self.on_ready()

@@ -16,6 +16,7 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.layer import Layer
 from nbdserver.limits import GIB, MIB
 
+TOP_KEYS = "listen, roots, tls, control, control_mode, engine, nodes, exports"
 EXPORT = '[exports.vm]\nimage = "vm.img"\n'
 FILE_LAYER = '{type = "file", path = "disk.img"}'
 
@@ -264,9 +265,12 @@ ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, de
         ("exports = 5", "[exports]: found 5, allowed is a table"),
         (
             f"[engin]\n{EXPORT}",
-            "engin: unknown key; did you mean engine? Allowed are: listen, roots, tls, engine, nodes, exports",
+            f"engin: unknown key; did you mean engine? Allowed are: {TOP_KEYS}",
         ),
-        (f"zzz = 1\n{EXPORT}", "zzz: unknown key; Allowed are: listen, roots, tls, engine, nodes, exports"),
+        (
+            f"zzz = 1\n{EXPORT}",
+            f"zzz: unknown key; Allowed are: {TOP_KEYS}",
+        ),
         # listen
         (f'listen = "nbd://h"\n{EXPORT}', 'listen: found "nbd://h", allowed is a list of strings'),
         (f"listen = [10809]\n{EXPORT}", "listen: found 10809 in the list, allowed is a list of strings"),

@@ -15,7 +15,8 @@ import pytest
 from layers.file import File
 from layers.qcow2 import Qcow2
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.server import Removal, Server
+from nbdserver.offers import Removal
+from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import LITTLE, SOON, Pages
 from tests.interop.wire import OPT_GO, READ, REP_ERR_UNKNOWN, Wire

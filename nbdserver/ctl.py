@@ -1,0 +1,287 @@
+"""``nbdserver ctl``: a running server, asked and told through its control socket.
+
+Every command prints a table for people, or with ``--json`` what the server has returned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+import click
+
+from nbdserver import config, explain, registry
+from nbdserver.control import ControlClient
+from nbdserver.errors import ConfigError
+
+#: Where the server's configuration is, if nothing else says which server is meant.
+CONFIG_DEFAULT: Final = "exports.toml"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Session:
+    """What the commands share: the way to the server, and how to print."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Raises ConfigError, RemoteError."""
+        given = {key: value for key, value in arguments.items() if value is not None}
+        with ControlClient(self._path or _configured_path()) as client:
+            return client.execute(command, **given)
+
+
+def _configured_path() -> str:
+    """The control socket that the configuration here names. Raises ConfigError."""
+    if not os.path.exists(CONFIG_DEFAULT):
+        raise ConfigError(f"name the server's control socket by --socket (there is no {CONFIG_DEFAULT} here)")
+    path = config.load(CONFIG_DEFAULT).control
+    if path is None:
+        raise ConfigError("is not set: the server has no control socket", file=CONFIG_DEFAULT, key="control")
+    return path
+
+
+def _json(function: Function) -> Function:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def _print(answer: Any, as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for line in lines():
+        click.echo(line)
+
+
+class _SizeType(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            return registry.parse_size(int(value) if str(value).isdecimal() else value)
+        except ValueError as error:
+            self.fail(f"found {value!r}, allowed is {error}", parameter, context)
+
+
+@click.group("ctl", short_help="Ask and change a running server.")
+@click.option(
+    "--socket",
+    "-s",
+    "path",
+    metavar="PATH",
+    envvar="NBDSERVER_CONTROL",
+    help="The server's control socket.  [default: NBDSERVER_CONTROL, or what exports.toml here says]",
+)
+@click.pass_context
+def ctl(context: click.Context, path: str | None) -> None:
+    """Ask and change a running server through its control socket (see `control` in exports.toml, and --control)."""
+    context.obj = Session(path)
+
+
+# -- questions -----------------------------------------------------------------------------------------------------
+
+
+@ctl.command("list")
+@_json
+@click.pass_obj
+def list_(session: Session, as_json: bool) -> None:
+    """List the exports and their clients."""
+    rows = session.execute("query-block-exports")
+    _print({"exports": rows}, as_json, lambda: _tables(_export_table(rows), _client_table(rows)))
+
+
+def _tables(*tables: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Tables of more than a heading, with an empty line between them."""
+    there = [rows for rows in tables if len(rows) > 1]
+    for index, rows in enumerate(there):
+        if index:
+            yield ""
+        yield from (line.rstrip() for line in explain.columns(rows))
+
+
+def _export_table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [("EXPORT", "SIZE", "ACCESS", "STATE", "CLIENTS", "LAYERS")]
+    for row in rows:
+        if "size" not in row:
+            table.append((row["name"], "", "", f"{row['state']}: {row['why']}", "", ""))
+            continue
+        layers = " ".join(_layer_words(layer) for layer in row["layers"])
+        access = "read-only" if row["read_only"] else "writable"
+        state = row["state"] + (", default" if row["default"] else "") + ("" if row["configured"] else ", added")
+        table.append((row["name"], str(row["size"]), access, state, str(len(row["clients"])), layers))
+    return table
+
+
+def _layer_words(layer: dict[str, Any]) -> str:
+    role = layer["path"].strip("/")
+    name = f"({layer['filename']})" if layer["type"] == "file" else ""
+    return f"{role}{':' if role else ''}{layer['type']}{name}"
+
+
+def _client_table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [("CLIENT", "EXPORT", "ADDRESS", "SINCE", "REQUESTS", "READ", "WRITTEN")]
+    for client in (client for row in rows for client in row.get("clients", ())):
+        since = datetime.fromtimestamp(client["since"]).isoformat(" ", "seconds")
+        counts = (str(client[key]) for key in ("requests", "bytes_read", "bytes_written"))
+        table.append((str(client["id"]), client["export"], client["address"], since, *counts))
+    return table
+
+
+@ctl.command()
+@_json
+@click.pass_obj
+def stats(session: Session, as_json: bool) -> None:
+    """Show the counters of the engine, of exports, their layers and files, and of clients."""
+    answer = session.execute("query-stats")
+    _print(answer, as_json, lambda: _flat(answer))
+
+
+def _flat(value: Any, path: str = "") -> Iterator[str]:
+    """A nested answer as lines "a.b.c: 5"."""
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        yield f"{path}: {value}"
+    for key, item in items:
+        yield from _flat(item, f"{path}.{key}" if path else key)
+
+
+@ctl.command("explain")
+@click.argument("export")
+@click.argument("operation", type=click.Choice(list(explain.OPERATIONS)))
+@click.argument("range_", metavar="OFFSET+LENGTH")
+@_json
+@click.pass_obj
+def explain_(session: Session, export: str, operation: str, range_: str, as_json: bool) -> None:
+    """Show the way of one request through the open layers of EXPORT, as `nbdserver explain` does of a configuration.
+
+    Says of each part also whether the engine has it cached: if so, and if it is mapped, it is served with no Python.
+    """
+    try:
+        offset, length = explain.parse_range(range_)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="OFFSET+LENGTH") from error
+    answer = session.execute("explain", export=export, operation=operation, offset=offset, length=length)
+    _print(answer, as_json, lambda: iter((explain.table(explain.Explanation.of_json(answer)),)))
+
+
+# -- changes -------------------------------------------------------------------------------------------------------
+
+
+@ctl.command()
+@click.option("--hard", is_flag=True, help="Disconnect the clients of exports that are removed or changed.")
+@_json
+@click.pass_obj
+def reload(session: Session, hard: bool, as_json: bool) -> None:
+    """Take up a changed configuration.
+
+    New exports appear. Removed ones take no new clients, and end after their last. Unchanged ones are not touched.
+    Changed ones are replaced; one that needs a file which its predecessor has, waits for the end of that. When anything
+    in the configuration is wrong, nothing changes.
+    """
+    answer = session.execute("reload", hard=hard)
+    _print(answer, as_json, lambda: _reload_lines(answer))
+
+
+def _reload_lines(answer: dict[str, Any]) -> Iterator[str]:
+    for key, found in answer.items():
+        for name in found:
+            why = f": {found[name]}" if isinstance(found, dict) else ""
+            yield f"{key}: {name}{why}"
+
+
+@ctl.command()
+@click.argument("name")
+@click.argument("image", required=False)
+@click.option("--format", "-f", metavar="FORMAT", help="The format of IMAGE, such as qcow2 or raw.  [default: probed]")
+@click.option(
+    "--layers", metavar="TOML", help="Layers instead of an image, as in a configuration: [{type = ...}, ...]."
+)
+@click.option("--read-only", "-r", is_flag=True, help="Serve it read-only.")
+@click.option("--description", metavar="TEXT", help="What clients are told of it.")
+@_json
+@click.pass_obj
+def add(
+    session: Session,
+    name: str,
+    image: str | None,
+    format: str | None,
+    layers: str | None,
+    read_only: bool,
+    description: str | None,
+    as_json: bool,
+) -> None:
+    """Serve one more export: IMAGE, or layers, as NAME. A reload does not touch it."""
+    answer = session.execute(
+        "block-export-add",
+        name=name,
+        image=image,
+        format=format,
+        layers=None if layers is None else toml_value(layers, "--layers"),
+        read_only=read_only or None,
+        description=description,
+        directory=os.getcwd(),
+    )
+    access = "read-only" if answer["read_only"] else "writable"
+    _print(answer, as_json, lambda: iter((f"{name!r}: {answer['size']} bytes, {access}",)))
+
+
+def toml_value(text: str, hint: str) -> Any:
+    """A value as it stands in a configuration. Raises click.BadParameter."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{text!r} is no TOML: {error}", param_hint=hint) from error
+
+
+@ctl.command()
+@click.argument("name")
+@click.option("--hard", "mode", flag_value="hard", help="Disconnect its clients.")
+@click.option("--drain", "mode", flag_value="drain", help="Take no new clients; it ends after the last.")
+@_json
+@click.pass_obj
+def remove(session: Session, name: str, mode: str | None, as_json: bool) -> None:
+    """Serve an export no longer. By default, only if it has no clients.
+
+    The next reload brings it back if the configuration has it.
+    """
+    answer = session.execute("block-export-del", name=name, mode=mode)
+    words = "has ended" if answer["ended"] else "ends after its last client"
+    _print(answer, as_json, lambda: iter((f"{name!r} {words}",)))
+
+
+@ctl.command()
+@click.argument("client", type=int)
+@_json
+@click.pass_obj
+def disconnect(session: Session, client: int, as_json: bool) -> None:
+    """Close the connection of one client, by the number that `list` shows."""
+    _print(session.execute("disconnect", client=client), as_json, lambda: iter(()))
+
+
+@ctl.command()
+@click.argument("export")
+@click.argument("size", type=_SizeType())
+@_json
+@click.pass_obj
+def resize(session: Session, export: str, size: int, as_json: bool) -> None:
+    """Give the disk of EXPORT another size. Clients see it when they connect again."""
+    answer = session.execute("block_resize", export=export, size=size)
+    _print(answer, as_json, lambda: iter((f"{export!r}: {size} bytes",)))
+
+
+@ctl.command("quit")
+@_json
+@click.pass_obj
+def quit_(session: Session, as_json: bool) -> None:
+    """Stop the server: what was accepted is finished."""
+    _print(session.execute("quit"), as_json, lambda: iter(()))
