@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Extent, Intent, Size
-from nbdserver.format import Measure, Progress, grow, no_progress, preallocate
+from nbdserver.format import TACIT, Measure, Progress, grow, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DISK_MAX
@@ -32,7 +32,7 @@ class Options:
     """QEMU's creation options; the comments are their help."""
 
     #: What is there from the beginning: nothing, reserved space for all, or zeroes written to all.
-    preallocation: Literal["off", "falloc", "full"] = "off"
+    preallocation: Literal["off", "falloc", "full"] = dataclasses.field(default="off", metadata=TACIT)
 
 
 @dataclasses.dataclass(eq=False)

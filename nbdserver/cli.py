@@ -32,6 +32,7 @@ from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import FileOpener, Files
 from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
+from nbdserver.image.cli import image
 from nbdserver.layer import Layer
 from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
 from nbdserver.service import Service, placed
@@ -96,6 +97,9 @@ def _check_format(context: click.Context, parameter: click.Parameter, value: str
 @click.version_option(nbdserver.__version__, prog_name="nbdserver")
 def main() -> None:
     """Serve layered disk images over NBD, the Network Block Device protocol."""
+
+
+main.add_command(image)
 
 
 @main.command(short_help="Serve a configuration or images.")
@@ -283,7 +287,7 @@ def layers_() -> None:
             click.echo(f"{name}: cannot be used: {error}\n")
             continue
         click.echo(f"{name}: {_summary(cls)}")
-        docs = _key_docs(cls)
+        docs = registry.field_docs(cls)
         for field in dataclasses.fields(cls):
             if field.init:
                 default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
@@ -617,22 +621,3 @@ def _summary(cls: type[Layer]) -> str:
     module = inspect.getmodule(cls)
     text = (cls.__dict__.get("__doc__") or "") if module is None else (module.__doc__ or "")
     return re.sub(r"^``.*?``:\s*", "", text.strip().partition("\n")[0])
-
-
-def _key_docs(cls: type[Layer]) -> dict[str, str]:
-    """What the ``#:`` comments above a layer's fields say."""
-    try:
-        lines = inspect.getsource(cls).splitlines()
-    except (OSError, TypeError):
-        return {}
-    docs: dict[str, str] = {}
-    comment: list[str] = []
-    for line in map(str.strip, lines):
-        if line.startswith("#:"):
-            comment.append(line[2:].strip())
-            continue
-        field = re.match(r"(\w+)\s*:", line)
-        if field and comment:
-            docs[field[1]] = " ".join(comment)
-        comment = []
-    return docs

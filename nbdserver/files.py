@@ -61,13 +61,15 @@ _CANNOT: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, er
 
 
 class PlainFile:
-    """`extent.OpenFile` over a descriptor, in plain Python. Owns the descriptor."""
+    """`extent.OpenFile` over a descriptor, in plain Python. Owns the descriptor. Goes through the page cache whatever
+    the mode; "unsafe" is never synced."""
 
     def __init__(self, fd: int, name: str, read_only: bool, mode: FileMode = FILE_MODE) -> None:
         self._fd = fd
         self.name = name
         self.read_only = read_only
         self.limits = block_limits(fd, mode)
+        self._syncs = mode.cache != "unsafe"
         self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self._uses = _Uses()
         self._sync_lock = threading.Lock()
@@ -118,6 +120,8 @@ class PlainFile:
             self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
     def sync(self) -> None:
+        if not self._syncs:
+            return
         with self._sync_lock:
             if self._sync_failure is not None:
                 raise OSError(
@@ -313,7 +317,7 @@ Wrap = Callable[[int, str, bool, FileMode], OpenFile]
 
 
 def _plain(fd: int, name: str, read_only: bool, mode: FileMode) -> OpenFile:
-    """A file of plain Python's: through the page cache whatever the mode, as is its durability."""
+    """A file of plain Python's."""
     return PlainFile(fd, name, read_only, mode)
 
 
@@ -346,10 +350,11 @@ class Files:
     """Every file that a server has open: one per inode, whatever its names. Thread-safe.
 
     A file is open for one writer, or for any number of readers; those that use it in the same way share one descriptor.
+    With ``force_share`` readers do not mind whether another process writes: QEMU's ``force-share``.
     """
 
-    def __init__(self, wrap: Wrap = _plain) -> None:
-        self._wrap = wrap
+    def __init__(self, wrap: Wrap = _plain, *, force_share: bool = False) -> None:
+        self._wrap, self._force_share = wrap, force_share
         self._lock = threading.Lock()
         self._open: dict[Identity, dict[FileMode, _Open]] = {}
         self._places: dict[OpenFile, tuple[Identity, FileMode]] = {}
@@ -392,7 +397,7 @@ class Files:
         return file
 
     def _lock_image(self, fd: int, path: str, read_only: bool) -> None:
-        lock_image(fd, path, read_only=read_only)
+        lock_image(fd, path, read_only=read_only, force_share=read_only and self._force_share)
 
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes; give it back with `close`. Raises ConfigError."""
@@ -431,6 +436,18 @@ class Files:
             return probe(file)
         finally:
             self.close(file)
+
+
+def make(path: str) -> None:
+    """Have a file at ``path``: an empty one, if there is nothing. Raises ImageError."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ImageError(f"cannot be made: {error.strerror}", path=path) from error
+    except ValueError as error:
+        raise ImageError(f"is no path: {error}", path=repr(path)) from error
 
 
 def _open(path: str, *, read_only: bool) -> int:
@@ -544,8 +561,8 @@ class FileOpener:
         if format is None and not read_only:
             raise ImageError(f"names {name!r} without a format; only read-only images are probed", path=source)
         path = resolve_name(name, source)
-        roots = self._roots if self._chain else (*self._roots, *_own_roots(source))
-        _within(path, roots, name, source)
+        roots = self._roots if self._chain else (*self._roots, *own_roots(source))
+        within(path, roots, name, source)
         try:
             chain = self._chain or (() if source is None else (_identity_at(source),))
             identity = _identity_at(path)
@@ -625,20 +642,22 @@ def resolve_name(name: str, named_by: str | None) -> str:
     return os.path.join(os.path.dirname(named_by), name)
 
 
-def _own_roots(path: str | None) -> tuple[str, ...]:
-    """The directory of the configured image: where it is called so, and where it is."""
+def own_roots(path: str | None) -> tuple[str, ...]:
+    """The directory of the configured image, in which images may name files: where it is called so, and where it is."""
     if path is None:
         return ()
     return tuple({os.path.realpath(os.path.dirname(path)), os.path.dirname(os.path.realpath(path))})
 
 
-def _within(path: str, roots: Iterable[str], name: str, named_by: str | None) -> None:
+def within(path: str, roots: Iterable[str], name: str, named_by: str | None) -> None:
+    """Raise ImageError if ``path``, which the image ``named_by`` calls ``name``, lies in none of the directories."""
     real = os.path.realpath(path)
     if any(os.path.commonpath((root, real)) == root for root in roots):
         return
     raise ImageError(
         f"names {name!r}, which is {real}, outside the roots that images may name files in "
-        f'({", ".join(roots) or "none"}); to allow it, set roots = ["{os.path.dirname(real)}"]',
+        f'({", ".join(roots) or "none"}); to allow it, set roots = ["{os.path.dirname(real)}"] in the '
+        f"configuration, or give --root {os.path.dirname(real)}",
         path=named_by,
     )
 
@@ -648,7 +667,7 @@ def _all_within(layer: Layer, roots: Iterable[str], named_by: str | None) -> Non
     while below:
         layer = below.pop()
         if layer.filename is not None:
-            _within(layer.filename, roots, layer.filename, named_by)
+            within(layer.filename, roots, layer.filename, named_by)
         below.extend(child for _, child in layer.children())
 
 

@@ -15,8 +15,9 @@ import dataclasses
 import enum
 import errno
 import os
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
 
 from nbdserver.errors import RequestError
 from nbdserver.layer import Layer, Opener, finish
@@ -38,6 +39,10 @@ class Repair(enum.Enum):
     #: Clusters that are counted and not used.
     LEAKS = "leaks"
     ALL = "all"
+
+
+#: The metadata of a creation option that is not shown when it has its default value.
+TACIT: Final = types.MappingProxyType({"tacit": True})
 
 
 @dataclasses.dataclass
@@ -127,9 +132,11 @@ class MapEntry(NamedTuple):
 class Creates(Protocol):
     """A format of which new images can be made."""
 
-    #: A dataclass, all fields with defaults: the format's ``-o`` options, under QEMU's names. The comment above a field
-    #: (``#:``) is its help. Fields ``backing_file``, ``backing_fmt``, ``preallocation``, ``data_file`` mean what they
-    #: mean in QEMU, where they are there.
+    #: A dataclass, all fields with defaults: the format's ``-o`` options, under QEMU's names (where that cannot be a
+    #: field's, the metadata have it as "option"), in the order in which they are shown; ``size``, which is none of
+    #: them, is shown before ``compat``. Making one raises ConfigError for options that no image can have together. The
+    #: comment above a field (``#:``) is its help. Fields ``backing_file``, ``backing_fmt``, ``preallocation``,
+    #: ``data_file`` mean what they mean in QEMU, where they are there.
     CreateOptions: ClassVar[type[Any]]
 
     @classmethod

@@ -58,17 +58,19 @@ _FLOCK: Final = struct.Struct("hhqqi0q")
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def lock_image(fd: int, path: str, *, read_only: bool) -> None:
-    """Lock the open image for reading, or for writing too, until ``fd`` is closed; never waits.
+def lock_image(fd: int, path: str, *, read_only: bool, force_share: bool = False) -> None:
+    """Lock the open image for reading, or for writing too, until ``fd`` is closed; never waits. With ``force_share``
+    others may do to it what they like, unless they themselves want to be alone.
 
     On a file system without locks this only logs. Raises ImageError when another process is in the way; what has
     been locked by then goes with the descriptor, which the caller closes.
     """
     used = READER if read_only else WRITER
+    unshared = Permission.NONE if force_share else UNSHARED
     try:
         _mark(fd, USED_BASE, used)
-        _mark(fd, UNSHARED_BASE, UNSHARED)
-        in_the_way = _marked(fd, USED_BASE, UNSHARED)
+        _mark(fd, UNSHARED_BASE, unshared)
+        in_the_way = _marked(fd, USED_BASE, unshared)
         refused = _marked(fd, UNSHARED_BASE, used)
     except OSError as error:
         if error.errno in _NO_LOCKS:

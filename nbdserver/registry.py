@@ -15,6 +15,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import types
@@ -32,6 +33,9 @@ from nbdserver.limits import SHOWN_COUNT_MAX, SIZE_DIGITS_COUNT_MAX
 
 #: The entry-point group of other packages' layers.
 GROUP: Final = "nbdserver.layers"
+
+#: No keys but those a layer needs.
+NO_KEYS: Final[Mapping[str, object]] = types.MappingProxyType({})
 
 #: What lies in ``layers`` and is no layer.
 NOT_LAYERS: Final = frozenset({"ondisk"})
@@ -124,8 +128,28 @@ def key_of(field: dataclasses.Field[Any]) -> str:
     return _hyphens(field.name.removesuffix("_"))
 
 
-def image(path: str, format: str, mode: FileMode = FILE_MODE) -> Layer:
-    """The layers that read the image file at ``path`` of ``format``, used as ``mode`` says. Raises ImageError."""
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """What the ``#:`` comments above the fields of a dataclass say."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):
+        return {}
+    docs: dict[str, str] = {}
+    comment: list[str] = []
+    for line in map(str.strip, lines):
+        if line.startswith("#:"):
+            comment.append(line[2:].strip())
+            continue
+        field = re.match(r"(\w+)\s*:", line)
+        if field and comment:
+            docs[field[1]] = " ".join(comment)
+        comment = []
+    return docs
+
+
+def image(path: str, format: str, mode: FileMode = FILE_MODE, keys: Mapping[str, object] = NO_KEYS) -> Layer:
+    """The layers that read the image file at ``path`` of ``format``, used as ``mode`` says. ``keys``: more keys of the
+    layer's. Raises ImageError, and ConfigError for the keys."""
     try:
         cls = layer_type(format)
     except ConfigError as error:
@@ -133,7 +157,8 @@ def image(path: str, format: str, mode: FileMode = FILE_MODE) -> Layer:
     required = [field.name for field in dataclasses.fields(cls) if field.init and _required(field)]
     if required != ["file"]:
         raise ImageError(f"the layer {format!r} is no image format (one needs a file and nothing else)", path=path)
-    return build(format, {"file": build("file", {"path": path, "cache": mode.cache, "aio": mode.aio})})
+    file = build("file", {"path": path, "cache": mode.cache, "aio": mode.aio})
+    return build(format, {"file": file, **keys})
 
 
 def convert(value: object, hint: Any) -> object:

@@ -18,6 +18,7 @@ from layers.file import File
 from layers.memory import Memory
 from nbdserver import files as files_module
 from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import FileMode
 from nbdserver.files import FileOpener, Files, PlainFile, resolve_name
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
@@ -588,3 +589,16 @@ def test_a_protocol_where_a_backing_format_belongs_means_raw(tmp_path: Path, nam
     assert base.size == 512
     graph.close(base)
     graph.close(top)
+
+
+def test_a_file_that_is_unsafe_is_never_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk"
+    path.touch()
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    files = Files()
+    for cache, count in (("unsafe", 0), ("writeback", 1)):
+        file = files.open(str(path), read_only=False, mode=FileMode(cache))
+        file.sync()
+        files.close(file)
+        assert len(synced) == count

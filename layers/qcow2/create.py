@@ -48,7 +48,7 @@ from layers.qcow2.limits import (
 )
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Size
-from nbdserver.format import Progress, grow, preallocate
+from nbdserver.format import TACIT, Progress, grow, preallocate
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import DISK_MAX
 from nbdserver.request import Flag, Request
@@ -59,34 +59,38 @@ SECTOR: Final = 512
 
 @dataclasses.dataclass
 class Options:
-    """QEMU's creation options; the comments are their help."""
+    """QEMU's creation options, in its order; the comments are their help. Raises ConfigError for what no image can
+    have, alone or together."""
 
-    #: The image that unallocated clusters show, relative to the new image.
-    backing_file: str | None = None
-    #: That image's format.
-    backing_fmt: str | None = None
-    #: The unit of allocation: a power of two from 512 to 2M.
-    cluster_size: Size = 65536
-    #: The version of the format: v2 (0.10) or v3 (1.1).
-    compat: Literal["0.10", "1.1", "v2", "v3"] = "1.1"
-    #: How compressed clusters are compressed.
-    compression_type: Literal["zlib", "zstd"] = "zlib"
-    #: An external file for all of the disk's data.
-    data_file: str | None = None
-    #: Whether the external file is to be a raw image by itself at all times.
-    data_file_raw: bool = False
     #: Encrypt the image: aes or luks.
     encrypt_format: Literal["aes", "luks"] | None = dataclasses.field(
         default=None, metadata={"option": "encrypt.format"}
     )
+    #: The unit of allocation: a power of two from 512 to 2M.
+    cluster_size: Size = 65536
     #: Whether L2 entries say what is in each of 32 parts of a cluster.
     extended_l2: bool = False
+    #: What is there from the beginning: nothing, the tables, reserved space for all, or zeroes written to all.
+    preallocation: Literal["off", "metadata", "falloc", "full"] = dataclasses.field(default="off", metadata=TACIT)
+    #: How compressed clusters are compressed.
+    compression_type: Literal["zlib", "zstd"] = "zlib"
+    #: The version of the format: v2 (0.10) or v3 (1.1).
+    compat: Literal["0.10", "1.1", "v2", "v3"] = dataclasses.field(default="1.1", metadata=TACIT)
+    #: The image that unallocated clusters show, relative to the new image.
+    backing_file: str | None = None
+    #: That image's format.
+    backing_fmt: str | None = None
+    #: An external file for all of the disk's data.
+    data_file: str | None = None
+    #: Whether the external file is to be a raw image by itself at all times.
+    data_file_raw: bool = dataclasses.field(default=False, metadata=TACIT)
     #: Whether refcounts may wait; after a crash they are then counted anew.
     lazy_refcounts: bool = False
-    #: What is there from the beginning: nothing, the tables, reserved space for all, or zeroes written to all.
-    preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
     #: The width of refcounts: 1, 2, 4, ... 64.
     refcount_bits: int = 16
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def version(self) -> int:
@@ -95,14 +99,13 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Raise ConfigError for what no image can have, alone or together."""
-    check_geometry(options)
+    _check_geometry(options)
     _check_names(options)
     if options.encrypt_format is not None:
         raise ConfigError("encrypted images cannot be made yet", key="encrypt.format")
 
 
-def check_geometry(options: Options) -> None:
-    """The part of `check_options` that has to do with sizes and the version."""
+def _check_geometry(options: Options) -> None:
     cluster_size, is_old = options.cluster_size, options.version < 3
     if not _is_power(cluster_size, 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX):
         raise ConfigError(
@@ -134,8 +137,6 @@ def _check_names(options: Options) -> None:
         if options.backing_fmt is not None:
             raise ConfigError("there is no backing file that could have this format", key="backing_fmt")
     else:
-        if options.backing_fmt is None:
-            raise ConfigError("a backing file needs its format named", key="backing_fmt")
         length = len(os.fsencode(options.backing_file))
         if not 0 < length <= BACKING_NAME_MAX:
             raise ConfigError(f"found a name of {length} bytes, allowed is 1 to {BACKING_NAME_MAX}", key="backing_file")
@@ -160,7 +161,8 @@ class Plan:
     """
 
     def __init__(self, size: int, options: Options) -> None:
-        check_options(options)
+        if options.backing_file is not None and options.backing_fmt is None:
+            raise ConfigError("a backing file needs its format named", key="backing_fmt")
         self.options = options
         self.size = -(-size // SECTOR) * SECTOR
         self.cluster_size = options.cluster_size

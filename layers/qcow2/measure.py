@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from layers.qcow2.create import Options, check_geometry, refcount_clusters
+from layers.qcow2.create import Options, refcount_clusters
 from layers.qcow2.limits import L1_TABLE_MAX
 from nbdserver.errors import ConfigError
 from nbdserver.format import Measure
@@ -20,7 +20,6 @@ def measure(size: int, options: Options, allocated: Iterable[tuple[int, int]]) -
     With a backing file, all of the disk counts as soon as anything is allocated: nobody knows what of it the backing
     file has too.
     """
-    check_geometry(options)
     cluster_size = options.cluster_size
     entry_size = 16 if options.extended_l2 else 8
     clusters = _up(size, cluster_size)

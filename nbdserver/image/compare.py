@@ -1,0 +1,231 @@
+"""``image compare``: whether two images hold the same disk."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import click
+
+from nbdserver.errors import NbdserverError
+from nbdserver.format import Progress, no_progress
+from nbdserver.graph import execute
+from nbdserver.image import wording
+from nbdserver.image.ahead import run_ahead
+from nbdserver.image.allocation import SECTOR, Run, chain, joined, runs
+from nbdserver.image.opening import Images
+from nbdserver.image.parameters import (
+    FORMAT,
+    force_share_option,
+    output_option,
+    progress_option,
+    quiet_option,
+    roots_option,
+)
+from nbdserver.image.progress import progress
+from nbdserver.layer import Layer
+from nbdserver.limits import MIB
+from nbdserver.request import Request, Vector
+
+#: qemu-img's exit statuses.
+SAME, DIFFERENT, CANNOT_OPEN, CANNOT_MAP, CANNOT_READ = range(5)
+
+#: What is read and compared at once.
+PIECE: Final = 2 * MIB
+
+
+@click.command("compare", short_help="Compare the disks in two images.")
+@click.argument("one", metavar="FILE1")
+@click.argument("other", metavar="FILE2")
+@click.option("-f", "--a-format", type=FORMAT, metavar="FMT", help="The format of FILE1.  [default: probed]")
+@click.option("-F", "--b-format", type=FORMAT, metavar="FMT", help="The format of FILE2.  [default: probed]")
+@click.option("-s", "--strict", is_flag=True, help="Sizes and allocation must be the same, too.")
+@force_share_option
+@output_option
+@progress_option
+@quiet_option
+@roots_option
+def command(
+    *,
+    one: str,
+    other: str,
+    a_format: str | None,
+    b_format: str | None,
+    strict: bool,
+    force_share: bool,
+    as_json: bool,
+    wants_progress: bool,
+    quiet: bool,
+    roots: tuple[str, ...],
+) -> None:
+    """Compare the disks in two images; a longer one may be the same, if there is nothing but zeroes behind.
+
+    Exit status: 0 if they are the same, 1 if they differ, 2 if an image cannot be opened, 3 if the allocation and 4 if
+    the data of one cannot be read.
+    """
+    with Images(roots, force_share=force_share) as images:
+        try:
+            disks = images.open(one, a_format), images.open(other, b_format)
+        except (NbdserverError, OSError) as error:
+            _fail(CANNOT_OPEN, error)
+        with progress("comparing", wanted=wants_progress, quiet=quiet) as tell:
+            try:
+                verdict = compare(*disks, strict=strict, progress=tell)
+            except MapError as error:
+                _fail(CANNOT_MAP, error)
+            except (NbdserverError, OSError) as error:
+                _fail(CANNOT_READ, error)
+    if as_json:
+        click.echo(wording.as_json(verdict.as_json()))
+    elif not quiet:
+        click.echo("\n".join(verdict.in_words()))
+    sys.exit(SAME if verdict.mismatch is None else DIFFERENT)
+
+
+def _fail(status: int, error: BaseException) -> Any:
+    click.echo(f"nbdserver: {error}", err=True)
+    sys.exit(status)
+
+
+class MapError(NbdserverError):
+    """It cannot be told what is where in an image."""
+
+
+class Verdict(NamedTuple):
+    """What came out. ``mismatch``: "size", "status", "content", or None; ``offset``: where, to the sector, if that can
+    be said. ``sizes``: of the disks."""
+
+    mismatch: str | None
+    offset: int | None
+    sizes: tuple[int, int]
+
+    def in_words(self) -> list[str]:
+        """The lines that qemu-img prints."""
+        if self.mismatch == "size":
+            return ["Strict mode: Image size mismatch!"]
+        if self.mismatch == "status":
+            return [f"Strict mode: Offset {self.offset} block status mismatch!"]
+        is_noticed = self.offset is None or self.offset >= min(self.sizes)
+        warnings = ["Warning: Image size mismatch!"] if min(self.sizes) != max(self.sizes) and is_noticed else []
+        if self.mismatch == "content":
+            return [*warnings, f"Content mismatch at offset {self.offset}!"]
+        return [*warnings, "Images are identical."]
+
+    def as_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"identical": self.mismatch is None, "virtual-sizes": list(self.sizes)}
+        if self.mismatch is not None:
+            told["mismatch"] = self.mismatch
+        if self.offset is not None:
+            told["offset"] = self.offset
+        return told
+
+
+def compare(one: Layer, other: Layer, *, strict: bool = False, progress: Progress = no_progress) -> Verdict:
+    """Compare two open disks. Raises MapError, ImageError, RequestError, OSError."""
+    sizes = one.size, other.size
+    if strict and one.size != other.size:
+        return Verdict("size", None, sizes)
+    tasks = (task.run for task in _tasks(one, other, strict=strict))
+    for task, offset in run_ahead(tasks):
+        if offset is not None:
+            return Verdict("content" if task.disks else "status", offset, sizes)
+        progress(task.start + task.length, max(sizes))
+    return Verdict(None, None, sizes)
+
+
+class _Task(NamedTuple):
+    """A range in which two disks must be alike; or one be zeroes; or of which it is known that something differs."""
+
+    start: int
+    length: int
+    disks: tuple[Layer, ...]
+
+    def run(self) -> tuple[_Task, int | None]:
+        """Itself, and where the first sector is that is not as it must be."""
+        return self, self._difference()
+
+    def _difference(self) -> int | None:
+        if not self.disks:
+            return self.start
+        buffers = (_memory.one, _memory.other)
+        data = [Vector.of(memoryview(buffer).cast("B")[: self.length]) for buffer in buffers]
+        for disk, vector in zip(self.disks, data, strict=False):
+            execute(disk, Request.read(self.start, vector))
+        if len(self.disks) == 2:
+            at = None if _memory.is_alike(self.length) else data[0].difference(data[1])
+        else:
+            at = None if data[0].is_zero() else self.length - len(data[0].tobytes().lstrip(b"\0"))
+        return None if at is None else self.start + at // SECTOR * SECTOR
+
+
+class _Memory(threading.local):
+    """What a thread reads into, again and again."""
+
+    def __init__(self) -> None:
+        self.one, self.other = (ctypes.c_char * PIECE)(), (ctypes.c_char * PIECE)()
+
+    def is_alike(self, length: int) -> bool:
+        """Whether both begin with the same bytes. (Views compare byte by byte, bytes must be copied first, and both
+        keep all other threads waiting.)"""
+        return bool(_memcmp(self.one, self.other, length) == 0)
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+_memory = _Memory()
+
+
+def _tasks(one: Layer, other: Layer, *, strict: bool) -> Iterator[_Task]:
+    both, total = min(one.size, other.size), max(one.size, other.size)
+    for start, length, here, there in _pairs(_runs(one, 0, both, strict), _runs(other, 0, both, strict)):
+        if strict and _status(one, here) != _status(other, there):
+            yield _Task(start, length, ())
+            return
+        disks = (*(() if here.entry.zero else (one,)), *(() if there.entry.zero else (other,)))
+        yield from _cut(start, length, disks)
+    longer = one if one.size == total else other
+    for run in _runs(longer, both, total, strict):
+        yield from _cut(run.start, run.length, () if run.entry.zero else (longer,))
+
+
+def _cut(start: int, length: int, disks: tuple[Layer, ...]) -> Iterator[_Task]:
+    if disks:
+        for at in range(start, start + length, PIECE):
+            yield _Task(at, min(PIECE, start + length - at), disks)
+
+
+def _runs(disk: Layer, start: int, end: int, strict: bool) -> Iterator[Run]:
+    if start == end:
+        return
+    try:
+        found = runs(chain(disk), start, end)
+        yield from found if strict else joined(found)
+    except (NbdserverError, OSError) as error:
+        raise MapError(f"its allocation cannot be read: {error}") from error
+
+
+def _pairs(some: Iterator[Run], others: Iterator[Run]) -> Iterator[tuple[int, int, Run, Run]]:
+    """(start, length, run, run): where neither changes, of two that cover the same range."""
+    here, there = next(some, None), next(others, None)
+    start = 0
+    while here is not None and there is not None:
+        end = min(here.end, there.end)
+        yield start, end - start, here, there
+        start = end
+        if here.end == end:
+            here = next(some, None)
+        if there.end == end:
+            there = next(others, None)
+
+
+def _status(disk: Layer, run: Run) -> tuple[bool, ...]:
+    """What ``--strict`` compares: QEMU's flags of a block's status. What lies behind the end of a backing file counts
+    as that file's; and it is one of them whether the block is the last one of its image."""
+    is_held = run.present or run.depth < len(chain(disk)) - 1
+    entry = run.entry
+    return entry.zero, entry.data, entry.compressed, entry.child is not None, is_held, run.end == disk.size

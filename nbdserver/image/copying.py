@@ -1,0 +1,274 @@
+"""Copying data from disk to disk: read by several threads, written in order, zeroes left out.
+
+::
+
+    ranges ──> pieces ──> thread: read ──┐   in turn   ┌──> write data
+                     └──> thread: read ──┴─────────────┴──> zero, or nothing where the target is zeroes anyway
+                          ...
+
+Written in order, so that a target that allocates lays the data out as the disk has it; while one thread writes, the
+others read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from nbdserver.errors import ImageError, NbdserverError
+from nbdserver.format import Progress, no_progress
+from nbdserver.graph import execute
+from nbdserver.image.allocation import SECTOR
+from nbdserver.layer import Layer
+from nbdserver.limits import MIB
+from nbdserver.request import Flag, Request, Vector
+
+#: What is read and written at once: as qemu-img does. Larger is no faster, and no longer stays in a processor's cache.
+PIECE: Final = 2 * MIB
+
+#: Threads that read and write, and the most of them (`-m`). What is in the page cache needs no more, slow storage may.
+WORKERS_DEFAULT: Final = 4
+WORKERS_MAX: Final = 16
+
+#: Zeroes of this length that data contains are left out: qemu-img's ``-S``.
+SPARSE_DEFAULT: Final = 4096
+SPARSE_MAX: Final = 16 * MIB
+
+
+class Range(NamedTuple):
+    """A range to be copied. ``is_zero``: it is known to be zeroes."""
+
+    start: int
+    length: int
+    is_zero: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """How to copy from ``source`` to ``target``, from and to the same places. Both are open.
+
+    ``sparse``: data has zeroes left out (or zeroed) that fill at least so many aligned bytes; 0: it is not searched.
+    ``fills_holes``: what is known to be zeroes is written, too, rather than left out or zeroed. ``is_zeroed``: the
+    target is zeroes where it has not been written. ``flags``: of writes. ``unit``: of compressed writes, what is
+    compressed at once: ranges are whole units then. ``salvage``: is told of what cannot be read, and is zeroes then;
+    None: that is an error. ``rate``: bytes a second.
+    """
+
+    source: Layer
+    target: Layer
+    sparse: int = SPARSE_DEFAULT
+    fills_holes: bool = False
+    is_zeroed: bool = False
+    flags: Flag = Flag.NONE
+    unit: int = 1
+    workers: int = WORKERS_DEFAULT
+    in_order: bool = True
+    salvage: Callable[[str], None] | None = None
+    rate: int | None = None
+
+    def run(self, ranges: Iterable[Range], total: int, progress: Progress = no_progress) -> None:
+        """Copy the ranges, which ascend and end at ``total``. Flushes nothing.
+
+        Raises the first failure, when all threads have ended.
+        """
+        _Run(self, ranges, total, progress).run()
+
+    @property
+    def step(self) -> int:
+        """How much is read and written at once."""
+        return self.unit if self.flags & Flag.WRITE_COMPRESSED else PIECE
+
+    def pieces(self, ranges: Iterable[Range]) -> Iterator[Range]:
+        """What is copied at once: no zeroes if they need not be written; data is cut at multiples of `step`."""
+        for found in ranges:
+            if found.is_zero and not self.fills_holes:
+                if not self.is_zeroed:
+                    yield found
+                continue
+            start, end = found.start, found.start + found.length
+            while start < end:
+                stop = min((start // self.step + 1) * self.step, end)
+                yield Range(start, stop - start, found.is_zero)
+                start = stop
+
+    def read(self, piece: Range, data: memoryview) -> None:
+        """Read a piece of data."""
+        if piece.is_zero:
+            data[:] = bytes(len(data))
+            return
+        try:
+            execute(self.source, Request.read(piece.start, Vector.of(data)))
+        except (NbdserverError, OSError) as error:
+            if self.salvage is None:
+                raise ImageError(f"cannot be read at byte {piece.start}: {error}", path=self.source.filename) from error
+            self._salvage(piece, data)
+
+    def write(self, piece: Range, data: memoryview) -> None:
+        """Write a piece that has been read (into no data at all, if it is to be zeroed)."""
+        try:
+            if not len(data):
+                self._zero(piece.start, piece.length)
+                return
+            for start, stop, is_zero in self._parts(piece, data):
+                if not is_zero:
+                    execute(self.target, Request.write(piece.start + start, Vector.of(data[start:stop]), self.flags))
+                elif not self.is_zeroed:
+                    self._zero(piece.start + start, stop - start)
+        except (NbdserverError, OSError) as error:
+            raise ImageError(f"cannot be written at byte {piece.start}: {error}", path=self.target.filename) from error
+
+    def _parts(self, piece: Range, data: memoryview) -> Iterable[tuple[int, int, bool]]:
+        if not self.sparse:
+            return ((0, len(data), False),)
+        if self.flags & Flag.WRITE_COMPRESSED:
+            return zero_runs(data, piece.start, self.unit, self.unit)
+        return zero_runs(data, piece.start, 1 << self.sparse.bit_length() - 1, self.sparse)
+
+    def _zero(self, start: int, length: int) -> None:
+        execute(self.target, Request.zero(start, length, Flag.MAY_UNMAP))
+
+    def _salvage(self, piece: Range, data: memoryview) -> None:
+        """Read sector by sector."""
+        for start in range(0, len(data), SECTOR):
+            sector = data[start : start + SECTOR]
+            try:
+                execute(self.source, Request.read(piece.start + start, Vector.of(sector)))
+            except (NbdserverError, OSError) as error:
+                assert self.salvage is not None
+                self.salvage(f"what is at byte {piece.start + start} cannot be read: {error}")
+                sector[:] = bytes(len(sector))
+
+
+def whole_units(ranges: Iterable[Range], unit: int, end: int) -> Iterator[Range]:
+    """The same ranges of a disk that ends at ``end``, in whole units: what shares a unit with anything is data, and
+    read with it."""
+    told = 0
+    for start, length, is_zero in ranges:
+        stop = start + length
+        first, last = -(-start // unit) * unit, stop if stop == end else stop // unit * unit
+        if not is_zero or first >= last:
+            first = last = min(-(-stop // unit) * unit, end)
+        parts = ((start // unit * unit, first, False), (first, last, True), (last, -(-stop // unit) * unit, False))
+        for left, right, zero in parts:
+            left, right = max(left, told), min(right, end)
+            if left < right:
+                yield Range(left, right - left, zero)
+                told = right
+
+
+def zero_runs(data: memoryview, position: int, block: int, shortest: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, is zero) of ``data``, which lies at ``position`` of a disk: zero are runs of whole blocks, of at
+    least ``shortest`` bytes. Blocks are counted from the disk's beginning; what is left at the ends is a block too."""
+    length = len(data)
+    at = 0  # what comes before has been told
+    start = 0
+    while start < length:
+        stop = min(start + block - (position + start) % block, length)
+        if not _is_zero(data, start, stop):
+            start = stop
+            continue
+        while stop < length and _is_zero(data, stop, min(stop + block, length)):
+            stop = min(stop + block, length)
+        if stop - start >= shortest or (start == 0 and stop == length):
+            if at < start:
+                yield at, start, False
+            yield start, stop, True
+            at = stop
+        start = stop
+    if at < length:
+        yield at, length, False
+
+
+#: Blocks are compared with this.
+_ZEROES: Final = bytes(64 * 1024)
+
+
+def _is_zero(data: memoryview, start: int, stop: int) -> bool:
+    # Most blocks of data do not begin with a zero; to compare ``bytes`` is memcmp, to compare views is a loop.
+    if data[start] or data[stop - 1]:
+        return False
+    return all(
+        bytes(data[at : min(at + len(_ZEROES), stop)]) == _ZEROES[: min(len(_ZEROES), stop - at)]
+        for at in range(start, stop, len(_ZEROES))
+    )
+
+
+class _Run:
+    """One copy under way."""
+
+    def __init__(self, copy: Copy, ranges: Iterable[Range], total: int, progress: Progress) -> None:
+        self._copy = copy
+        self._pieces = enumerate(copy.pieces(ranges))
+        self._total, self._progress = total, progress
+        self._lock = threading.Lock()
+        self._turn = threading.Condition()
+        #: The piece whose turn it is, and how far the disk has been written.
+        self._next = 0
+        self._done = 0
+        #: When all that has been written was due, at the rate that is wanted.
+        self._due = time.monotonic()
+        self._failures: list[BaseException] = []
+
+    def run(self) -> None:
+        threads = [
+            threading.Thread(target=self._work, name=f"copy {number}", daemon=True)
+            for number in range(self._copy.workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # the user has had enough
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failures:
+            raise self._failures[0]
+
+    def _work(self) -> None:
+        try:
+            buffer = memoryview(bytearray(self._copy.step))
+            while not self._failures:
+                with self._lock:
+                    number, piece = next(self._pieces, (0, None))
+                if piece is None:
+                    return
+                self._do(number, piece, buffer)
+        except BaseException as error:
+            self._fail(error)
+
+    def _do(self, number: int, piece: Range, buffer: memoryview) -> None:
+        copy = self._copy
+        data = buffer[: 0 if piece.is_zero and not copy.fills_holes else piece.length]
+        copy.read(piece, data)
+        if copy.in_order:
+            with self._turn:
+                self._turn.wait_for(lambda: self._next == number or bool(self._failures))
+        if self._failures:
+            return
+        copy.write(piece, data)
+        with self._turn:
+            self._next += 1
+            self._done = max(self._done, piece.start + piece.length)
+            self._turn.notify_all()
+            self._progress(self._done, self._total)
+        if copy.rate:
+            self._wait(piece.length / copy.rate)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until as much as this may be done, on average since the beginning."""
+        with self._lock:
+            self._due += seconds
+            ahead = self._due - time.monotonic()
+        if ahead > 0:
+            time.sleep(ahead)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._turn:
+            self._failures.append(error)
+            self._turn.notify_all()

@@ -1,0 +1,121 @@
+"""Opening images: layers over plain files, locked as QEMU locks them, all closed when a command ends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Final
+
+from nbdserver import registry
+from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import FileMode
+from nbdserver.files import FileOpener, Files, make
+from nbdserver.graph import Graph
+from nbdserver.layer import Layer
+from nbdserver.registry import NO_KEYS
+
+#: For `Images.open`: leave the backing file alone.
+ALONE: Final[Mapping[str, object]] = {"backing": False}
+
+
+class Images:
+    """The images that one command uses. A context manager: its end closes them, and raises what closing raises.
+
+    ``roots``: directories in which images may name files, besides their own. ``force_share``: images that are opened
+    for reading may be in use by a process that writes them.
+    """
+
+    def __init__(self, roots: Sequence[str] = (), *, force_share: bool = False) -> None:
+        self.roots = roots
+        self._files = Files(force_share=force_share)
+        self._graph = Graph()
+        self._ending = contextlib.ExitStack()
+
+    def __enter__(self) -> Images:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+    def format(self, path: str, format: str | None) -> str:
+        """The image's format: the one given, or else what its first bytes say. Raises ImageError."""
+        return format if format is not None else self._files.probe(path)
+
+    def open(
+        self,
+        path: str,
+        format: str | None = None,
+        *,
+        read_only: bool = True,
+        cache: str = "writeback",
+        keys: Mapping[str, object] = NO_KEYS,
+    ) -> Layer:
+        """Open the image at ``path``, and the chain below it. ``keys``: more keys of its layer's; those that the format
+        has no use for are left out, if they are in `ALONE`. Raises ImageError, ConfigError, OSError."""
+        name = self.format(path, format)
+        wanted = {key: value for key, value in keys.items() if key not in ALONE or has_key(layer_type(name), key)}
+        return self.enter(registry.image(path, name, FileMode(cache), wanted), read_only=read_only)
+
+    def open_snapshot(self, path: str, format: str | None, snapshot: str | None) -> Layer:
+        """Open an image for reading, or an internal snapshot of it, as qemu-img's ``-l`` names it: by id or name,
+        ``snapshot.id=ID`` or ``snapshot.name=NAME``. Raises as `open` does."""
+        if snapshot is None:
+            return self.open(path, format)
+        name = self.format(path, format)
+        if not has_key(layer_type(name), "snapshot"):
+            raise ImageError(f"has no internal snapshots: it is a {name!r} image", path=path)
+        for prefix in ("snapshot.id=", "snapshot.name="):
+            snapshot = snapshot.removeprefix(prefix)
+        return self.open(path, name, keys={"snapshot": snapshot})
+
+    def file(self, path: str, *, read_only: bool, cache: str = "writeback") -> Layer:
+        """Open the file at ``path`` as what it is: an image's bytes. Raises as `open` does."""
+        return self.enter(registry.build("file", {"path": path, "cache": cache}), read_only=read_only)
+
+    def empty_file(self, path: str, *, cache: str = "writeback") -> Layer:
+        """An empty file at ``path``, locked: made, or else emptied. A block device is what it is."""
+        make(path)
+        file = self.file(path, read_only=False, cache=cache)
+        if not is_device(path):
+            file.resize(0)
+        return file
+
+    def enter(self, layer: Layer, *, read_only: bool) -> Layer:
+        """Open a stack of layers, which may stand on some that are open here."""
+        self._graph.open(layer, self.opener(read_only=read_only))
+        self._ending.callback(self._graph.close, layer)
+        return layer
+
+    def close(self, layer: Layer) -> None:
+        """Close what `open`, `file` or `enter` gave, before the end."""
+        self._graph.close(layer)
+
+    def opener(self, *, read_only: bool) -> FileOpener:
+        """What layers are opened with here."""
+        return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only)
+
+
+def layer_type(format: str) -> type[Layer]:
+    """The class of the layer for images of ``format``. Raises ConfigError."""
+    cls = registry.layer_type(format)
+    try:
+        registry.image("", format)
+    except ImageError as error:
+        raise ConfigError(error.message) from error
+    return cls
+
+
+def has_key(cls: type[Layer], key: str) -> bool:
+    """Whether a layer can be told ``key``."""
+    return any(field.name == key for field in dataclasses.fields(cls) if field.init)
+
+
+def is_device(path: str) -> bool:
+    """Whether there is a block device at ``path``, whose size is what it is. Raises OSError."""
+    return stat.S_ISBLK(os.stat(path).st_mode)
