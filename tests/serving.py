@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def create(
     chain = ["-b", os.path.relpath(backing, path.parent), "-F", backing_format] if backing else []
     run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), *chain, path, str(size))
     return path
+
+
+@contextlib.contextmanager
+def loop_device(path: Path, *, sector_size: int = 4096) -> Iterator[str]:
+    """A block device on a file; past the page cache of the file where its file system can."""
+    sectors = ["--sector-size", str(sector_size)]
+    device = run("losetup", "--find", "--show", *sectors, path).strip()
+    try:
+        # A file system with longer blocks refuses.
+        subprocess.run(["losetup", "--direct-io=on", device], capture_output=True, check=False)
+        yield device
+    finally:
+        run("losetup", "--detach", device)
 
 
 def qemu_io(path: Path, *commands: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -18,26 +18,17 @@ from layers.file import File
 from layers.qcow2 import Qcow2
 from nbdserver import _engine
 from nbdserver.layer import Layer, finish
-from nbdserver.request import Request
+from nbdserver.request import Request, Vector
 from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import SOON, Background, stopped_at
-from tests.serving import SEED, amount, backend, check, create, run
+from tests.faults import replay
+from tests.serving import SEED, amount, backend, check, create, loop_device, run
 
 __all__ = ["backend"]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-
-
-@contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    """A block device on a file, with sectors of 4096 bytes."""
-    device = run("losetup", "--find", "--show", "--sector-size", "4096", path).strip()
-    try:
-        yield device
-    finally:
-        run("losetup", "--detach", device)
 
 
 @pytest.fixture(params=["file", "loop"])
@@ -135,6 +126,62 @@ def test_a_file_of_odd_size_keeps_it(nbd_server: NbdServers, tmp_path: Path, bac
     expected[9998:] = b"xxx"
     expected[5000:10000] = b"y" * 5000
     assert handle.pread(10001, 0) == bytes(expected)
+
+
+def test_what_is_padded_at_the_end_of_a_file_makes_it_no_longer_for_a_moment(
+    nbd_server: NbdServers, tmp_path: Path, backend: str
+) -> None:
+    """Killed in between, the file would be longer than the disk: a raw disk would have grown, a footer be lost."""
+    path = tmp_path / "odd.raw"
+    path.write_bytes(b"o" * 10001)
+    layer, record = File(path=str(path), cache="none"), tmp_path / "record"
+    server, uri = nbd_server.start(layer, backend=backend, record=record)
+    handle = connect(uri)
+    handle.pwrite(b"x" * 3, 9998)
+    handle.pwrite(b"y" * 6000, 4000)
+    handle.zero(2000, 8001)
+    handle.flush()
+    assert handle.pread(10001, 0) == b"o" * 4000 + b"y" * 4001 + bytes(2000)
+    handle.shutdown()
+    server.stop()
+    operations = replay.load(record / "record.bin")
+    assert any(operation.action is replay.Action.WRITE for operation in operations)
+    for operation in operations:
+        assert operation.action is not replay.Action.RESIZE
+        assert operation.offset + operation.length <= 10001
+    assert path.stat().st_size == 10001
+
+
+def test_a_file_is_not_resized_under_a_read_modify_write(nbd_server: NbdServers, tmp_path: Path, backend: str) -> None:
+    """Which would write back what it has read, past the new end."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"d" * MIB)
+    server, _ = nbd_server.start(File(path=str(path), cache="none"), backend=backend)
+    file = engine_file(server)
+    with stopped_at("file.alone") as stop:
+        writing = Background(file.write, MIB - 5000, Vector.of(b"w" * 1000))
+        assert stop.wait_reached(SOON)  # type: ignore[attr-defined]
+        resizing = Background(file.resize, MIB // 2)
+        assert not resizing.is_done()
+        assert path.stat().st_size == MIB
+    writing.finish()
+    resizing.finish()
+    assert path.stat().st_size == MIB // 2
+
+
+def test_nothing_is_brought_into_the_page_cache_for_direct_io(
+    nbd_server: NbdServers, tmp_path: Path, backend: str
+) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"d" * MIB)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        handle = connect(nbd_server(File(path=str(path), cache="none"), backend=backend))
+        handle.cache(MIB, 0)
+        handle.pread(MIB, 0)
+        with pytest.raises(BlockingIOError):
+            os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT)
 
 
 def test_aligned_requests_are_fixed_buffer_io(nbd_server: NbdServers, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A model of a disk under overlapping requests: what may a read return now, and what after a crash?
 
-The disk is a row of *grains*, each holding one value: zeroes, its initial content, or the unique tag of the write that
-put it there. NBD orders a request only after those whose replies came before it was sent, so a grain has a *set* of
-allowed values::
+The disk is a row of *grains*, of one length or of many, each holding one value: zeroes, its initial content, or the
+unique tag of the write that put it there. Requests cover whole grains. NBD orders a request only after those whose
+replies came before it was sent, so a grain has a *set* of allowed values::
 
     write A  |------------|              after both: A or B
     write B       |------------|
@@ -84,14 +84,24 @@ class Operation:
 class Model:
     """The allowed contents of a disk of ``size`` bytes, whose content now is ``initial`` (None: zeroes).
 
+    ``grain``: the length of all grains; or ``edges``: where each begins, ascending from 0, and at the end the size.
+    (Grains shorter than a stamp may look alike, and then are told apart by their neighbours only.)
     ``crashes``: keep what `allowed_after_crash` needs, which takes memory with every change.
     """
 
-    def __init__(self, size: int, *, grain: int = 512, initial: bytes | None = None, crashes: bool = False) -> None:
-        assert size % grain == 0 and grain % _STAMP.size == 0
-        self.size, self.grain, self.count = size, grain, size // grain
+    def __init__(
+        self,
+        size: int,
+        *,
+        grain: int = 512,
+        edges: Sequence[int] | None = None,
+        initial: bytes | None = None,
+        crashes: bool = False,
+    ) -> None:
+        self.edges = range(0, size + 1, grain) if edges is None else edges
+        assert self.edges[0] == 0 and self.edges[-1] == size
+        self.size, self.count = size, len(self.edges) - 1
         self._initial = initial
-        self._zeroes = bytes(grain)
         self._now = 0
         self._tags = 0
         tag = ZERO_TAG if initial is None else INITIAL_TAG
@@ -108,14 +118,14 @@ class Model:
 
     def submit(self, kind: Kind, offset: int = 0, length: int = 0, *, fua: bool = False) -> Operation:
         """Note a request about to be sent. ``offset`` and ``length`` are bytes, whole grains."""
-        assert offset % self.grain == 0 and length % self.grain == 0 and offset + length <= self.size
+        first, last = self.grain_at(offset), self.grain_at(offset + length)
+        assert self.edges[first] == offset and self.edges[last] == offset + length
         self._now += 1
         tag = ZERO_TAG
         if kind is Kind.WRITE:
             self._tags += 1
             tag = self._tags
-        first = offset // self.grain
-        operation = Operation(kind, first, first + length // self.grain, tag, fua, self._now)
+        operation = Operation(kind, first, last, tag, fua, self._now)
         if kind in CHANGES:
             for other in self._in_flight:
                 if other.kind in (Kind.READ, Kind.STATUS) and other.overlaps(operation):
@@ -147,12 +157,13 @@ class Model:
     def complete_status(self, operation: Operation, runs: Sequence[tuple[int, bool]]) -> None:
         """Note a block status reply: (bytes, whether it claims zeroes). Raises Mismatch for a false claim."""
         self._finish(operation)
-        start = operation.first * self.grain
+        start = self.edges[operation.first]
         for length, zero in runs:
             # Whole grains inside the run, and inside what was asked.
-            first, last = -(-start // self.grain), min((start + length) // self.grain, operation.last)
+            first = bisect.bisect_left(self.edges, start)
+            last = min(self.grain_at(min(start + length, self.size)), operation.last)
             for place in range(first, last) if zero else ():
-                if self._zeroes not in self._contents(operation, place):
+                if self.content(ZERO_TAG, place) not in self._contents(operation, place):
                     raise Mismatch(f"grain {place} is said to be zero; {self._describe(operation, place)}")
             start += length
 
@@ -181,18 +192,28 @@ class Model:
 
     # -- what may be read ---------------------------------------------------------------------------------------
 
+    def grain_at(self, offset: int) -> int:
+        """The grain that a byte lies in; ``count`` for the end."""
+        return bisect.bisect_right(self.edges, offset) - 1
+
     def content(self, tag: int, grain: int) -> bytes:
         """The bytes of a grain that holds ``tag``."""
+        start, end = self.edges[grain], self.edges[grain + 1]
         if tag == ZERO_TAG:
-            return self._zeroes
+            return bytes(end - start)
         if tag == INITIAL_TAG:
             assert self._initial is not None
-            return self._initial[grain * self.grain : (grain + 1) * self.grain]
-        return _STAMP.pack(tag, grain) * (self.grain // _STAMP.size)
+            return self._initial[start:end]
+        return (_STAMP.pack(tag, grain) * -(-(end - start) // _STAMP.size))[: end - start]
+
+    def _parts(self, operation: Operation, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """The grains of a range, each with its part of the data."""
+        base = self.edges[operation.first]
+        for grain in range(operation.first, operation.last):
+            yield grain, data[self.edges[grain] - base : self.edges[grain + 1] - base]
 
     def _check_read(self, operation: Operation, data: memoryview) -> None:
-        for index, grain in enumerate(range(operation.first, operation.last)):
-            got = data[index * self.grain : (index + 1) * self.grain]
+        for grain, got in self._parts(operation, data):
             overlapped = any(change.covers(grain) for change in operation.changes)
             if not overlapped:
                 self._settle(grain, got, self._possible[grain], operation)
@@ -219,7 +240,7 @@ class Model:
     def _describe(self, operation: Operation, grain: int) -> str:
         values = sorted({value.tag for value in self._possible[grain]})
         changes = [f"{change.kind.value} {change.tag}" for change in operation.changes if change.covers(grain)]
-        return f"allowed: {values}, then overlapped by {changes} (byte {grain * self.grain:#x}, tick {self._now})"
+        return f"allowed: {values}, then overlapped by {changes} (byte {self.edges[grain]:#x}, tick {self._now})"
 
     # -- crashes ------------------------------------------------------------------------------------------------
 
@@ -271,13 +292,13 @@ class Model:
         self._flushes.clear()
 
     def _crashed_tag(self, grain: int, view: memoryview, at: int | None) -> int:
-        got = view[grain * self.grain : (grain + 1) * self.grain]
+        got = view[self.edges[grain] : self.edges[grain + 1]]
         allowed = self.allowed_after_crash(grain, at)
         for tag in allowed:
             if got == self.content(tag, grain):
                 return tag
         raise Mismatch(
-            f"after the crash grain {grain} (byte {grain * self.grain:#x}) reads {_show(got)}; allowed: "
+            f"after the crash grain {grain} (byte {self.edges[grain]:#x}) reads {_show(got)}; allowed: "
             f"{sorted(allowed)}, of {list(self._lives(grain))}"
         )
 
@@ -305,6 +326,8 @@ def _show(got: memoryview) -> str:
     """A grain for a message: whose it is, if it bears a stamp."""
     if not any(got):
         return "zeroes"
+    if len(got) < _STAMP.size:
+        return got.hex()
     tag, grain = _STAMP.unpack_from(got)
-    whole = got == _STAMP.pack(tag, grain) * (len(got) // _STAMP.size)
+    whole = got == (_STAMP.pack(tag, grain) * -(-len(got) // _STAMP.size))[: len(got)]
     return f"tag {tag} of grain {grain}{'' if whole else ', torn'}: {got[:32].hex()}"

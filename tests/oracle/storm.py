@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import random
 import select
 import threading
@@ -71,6 +72,7 @@ class Storm:
             assert handle.get_size() == model.size, (handle.get_size(), model.size)
         self._in_flight = dict.fromkeys(range(len(self._handles)), 0)
         self._hot = [self.random.randrange(model.count) for _ in range(self.weather.hot_spots)]
+        self._shortest = min(end - start for start, end in itertools.pairwise(model.edges))
         self._kinds = list(self.weather.weights)
         self._weights = list(self.weather.weights.values())
 
@@ -107,15 +109,14 @@ class Storm:
     def verify(self) -> bytes:
         """With nothing in flight, read all of the disk through the first connection; the model checks it."""
         self.drain()
-        step = 1 << 20
-        parts = []
-        for offset in range(0, self.model.size, step):
-            length = min(step, self.model.size - offset)
-            operation = self.model.submit(Kind.READ, offset, length)
-            data = bytes(self._handles[0].pread(length, offset))
-            self.model.complete(operation, data)
-            parts.append(data)
-        return b"".join(parts)
+        model, data = self.model, b""
+        while len(data) < model.size:
+            length = model.edges[model.grain_at(min(len(data) + (1 << 20), model.size))] - len(data)
+            operation = model.submit(Kind.READ, len(data), length)
+            part = bytes(self._handles[0].pread(length, len(data)))
+            model.complete(operation, part)
+            data += part
+        return data
 
     def run_until_killed(self, killer: threading.Timer) -> None:
         """Keep all connections busy until ``killer`` has killed the server, and take in the replies it still sent.
@@ -146,15 +147,15 @@ class Storm:
 
     def _range(self) -> tuple[int, int]:
         """A random range of whole grains: lengths spread over the orders of magnitude, up to the longest."""
-        model, pick = self.model, self.random
-        longest = self.weather.length_max // model.grain
-        length = min(int(longest ** pick.random()) + pick.randrange(2), longest, model.count)
+        model, pick, longest = self.model, self.random, self.weather.length_max
+        length = int(self._shortest * (longest / self._shortest) ** pick.random())
         if pick.random() < self.weather.hot:
-            first = pick.choice(self._hot) + pick.randrange(-length, length + 1)
+            start = model.edges[pick.choice(self._hot)] + pick.randrange(-length, length + 1)
         else:
-            first = pick.randrange(model.count)
-        first = max(0, min(first, model.count - length))
-        return first * model.grain, length * model.grain
+            start = pick.randrange(model.size)
+        first = model.grain_at(max(0, min(start, model.size - length)))
+        last = max(first + 1, model.grain_at(min(model.edges[first] + length, model.size)))
+        return model.edges[first], model.edges[last] - model.edges[first]
 
     def _start(self, index: int, kind: Kind, offset: int, length: int, *, fua: bool) -> None:
         handle = self._handles[index]

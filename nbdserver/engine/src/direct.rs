@@ -11,7 +11,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -21,8 +20,6 @@ use crate::vector::Vector;
 
 /// A padded transfer is carried out in pieces of at most this: bounce buffers are few.
 const CHUNK: u64 = 1 << 20;
-/// How long to wait for a bounce buffer before asking again: others will give theirs back.
-const PAUSE: Duration = Duration::from_millis(1);
 
 /// What a file wants of direct I/O, bytes; powers of two.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,14 +45,22 @@ impl Alignment {
     }
 }
 
-/// Memory of the pool for a bounce buffer, waiting for it.
-pub fn bounce(pool: &Arc<Pool>, length: usize) -> Vector {
-    loop {
-        if let Some(slots) = pool.allocate_bounce(length) {
-            return Vector::new(slots);
-        }
-        std::thread::sleep(PAUSE);
+/// Memory for a bounce buffer, of the pool if it can be. Whoever asks may be alone on blocks that others wait for, and those
+/// may hold the memory: so nobody waits for it.
+pub fn bounce(pool: &Arc<Pool>, length: usize) -> Result<Vector, Errno> {
+    pool.allocate_bounce(length)
+        .map(Vector::new)
+        .ok_or(Errno::NOMEM)
+}
+
+/// The same in pieces of whole blocks each, which where blocks are longer than pages those of the pool need not be.
+fn bounce_blocks(pool: &Arc<Pool>, length: usize, alignment: Alignment) -> Result<Vector, Errno> {
+    let buffer = bounce(pool, length)?;
+    if alignment.suits(0, &buffer, 0..length) {
+        return Ok(buffer);
     }
+    let slots = pool.allocate_ordinary_bounce(length);
+    slots.map(Vector::new).ok_or(Errno::NOMEM)
 }
 
 /// Copy `length` bytes from `start` of `from` to `at` of `to`.
@@ -81,7 +86,7 @@ pub fn read_padded(
     while at < end {
         let until = end.min(at - at % alignment.block + CHUNK);
         let padded = alignment.pad(at..until);
-        let buffer = bounce(pool, (padded.end - padded.start) as usize);
+        let buffer = bounce_blocks(pool, (padded.end - padded.start) as usize, alignment)?;
         file.read_aligned(padded.start, &buffer, 0..buffer.len())?;
         let start = range.start + (at - offset) as usize;
         let skip = (at - padded.start) as usize;
@@ -107,7 +112,7 @@ pub fn write_padded(
     while at < end {
         let until = end.min(at - at % alignment.block + CHUNK);
         let padded = alignment.pad(at..until);
-        let buffer = bounce(pool, (padded.end - padded.start) as usize);
+        let buffer = bounce_blocks(pool, (padded.end - padded.start) as usize, alignment)?;
         if at != padded.start {
             file.read_aligned(padded.start, &buffer, 0..block)?;
         }
@@ -123,4 +128,42 @@ pub fn write_padded(
         at = until;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{BLOCK, PAGE};
+
+    #[test]
+    fn bounces_are_in_pieces_of_whole_blocks() {
+        let pool = Pool::new(8 * BLOCK).expect("a memfd");
+        let pages = std::iter::from_fn(|| pool.allocate(PAGE)).flatten();
+        // Every other page is kept: nothing but single pages is free.
+        let mut pages: Vec<_> = pages.collect();
+        pages.sort_by_key(|page| page.pool_offset());
+        let _kept: Vec<_> = pages.into_iter().step_by(2).collect();
+        let _reserve = pool.allocate_bounce(BLOCK).expect("the reserve");
+        for (block, pieces) in [(512, 16), (4096, 16), (16384, 1)] {
+            let alignment = Alignment { memory: 512, block };
+            let buffer = bounce_blocks(&pool, 16 * PAGE, alignment).expect("memory");
+            assert_eq!(buffer.parts(0..buffer.len()).count(), pieces);
+            assert!(alignment.suits(0, &buffer, 0..buffer.len()));
+        }
+    }
+
+    #[test]
+    fn blocks_are_padded_to() {
+        let alignment = Alignment {
+            memory: 512,
+            block: 4096,
+        };
+        for (range, padded) in [
+            (0..1, 0..4096),
+            (4095..4097, 0..8192),
+            (4096..8192, 4096..8192),
+        ] {
+            assert_eq!(alignment.pad(range), padded);
+        }
+    }
 }

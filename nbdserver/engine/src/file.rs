@@ -2,14 +2,14 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags, fallocate, fcntl_getfl,
-    fcntl_setfl, fdatasync, fstat, ftruncate, seek, statx,
+    AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fcntl_getfl,
+    fcntl_setfl, fdatasync, fstat, ftruncate, open, seek, statx,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
@@ -43,6 +43,16 @@ pub struct Counters {
     pub syncs: AtomicU64,
 }
 
+impl Counters {
+    /// The kernel has been given a read or write, on registered memory or not.
+    pub fn transferred(&self, write: bool, fixed: bool) {
+        let direction = if write { &self.writes } else { &self.reads };
+        direction.fetch_add(1, Relaxed);
+        let kind = if fixed { &self.fixed } else { &self.plain };
+        kind.fetch_add(1, Relaxed);
+    }
+}
+
 #[derive(Default)]
 struct Syncs {
     started: u64,
@@ -74,6 +84,8 @@ pub struct File {
     pub memory: bool,
     pub counters: Counters,
     fd: OwnedFd,
+    /// See `cached`.
+    cached: OnceLock<OwnedFd>,
     regular: bool,
     nowait: AtomicBool,
     epoch: Instant,
@@ -118,6 +130,7 @@ impl File {
             memory,
             counters: Counters::default(),
             fd,
+            cached: OnceLock::new(),
             regular,
             nowait: AtomicBool::new(true),
             epoch: Instant::now(),
@@ -211,12 +224,6 @@ impl File {
         vector: &Vector,
         range: Range<usize>,
     ) -> Result<usize, Errno> {
-        let counter = if write {
-            &self.counters.writes
-        } else {
-            &self.counters.reads
-        };
-        counter.fetch_add(1, Relaxed);
         let range = self.at_once(range);
         let (slot, part) = vector
             .parts(range.clone())
@@ -224,12 +231,18 @@ impl File {
             .expect("bytes to transfer");
         if let (Some(_), Some(rings)) = (self.direct, &self.means.rings)
             && slot.registration().is_some()
-            && let Some(done) = rings.transfer(write, self.fd.as_fd(), slot, part, offset)
         {
-            self.counters.fixed.fetch_add(1, Relaxed);
-            return done;
+            while let Some(done) =
+                rings.transfer(write, self.fd.as_fd(), slot, part.clone(), offset)
+            {
+                self.counters.transferred(write, true);
+                match done {
+                    Err(Errno::AGAIN | Errno::INTR) => {}
+                    done => return done,
+                }
+            }
         }
-        self.counters.plain.fetch_add(1, Relaxed);
+        self.counters.transferred(write, false);
         if write {
             let slices = vector.io_slices(range);
             retry(|| pwritev(&self.fd, &slices[..slices.len().min(IOV_MAX)], offset))
@@ -255,8 +268,7 @@ impl File {
         let count = slices.len().min(IOV_MAX);
         match preadv2(&self.fd, &mut slices[..count], offset, flags) {
             Ok(done) => {
-                self.counters.reads.fetch_add(1, Relaxed);
-                self.counters.plain.fetch_add(1, Relaxed);
+                self.counters.transferred(false, false);
                 Ok(done)
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(0),
@@ -302,20 +314,50 @@ impl File {
             let _shared = self.serial.hold(blocks, false);
             return self.write_aligned(offset, vector, range);
         }
-        // Whoever pads past the end of the file takes the padding off again, and must not cut off what others append.
-        let beyond = blocks.end > self.size()?;
-        let held = if beyond {
-            blocks.start..u64::MAX
+        let _alone = self.serial.hold(blocks.clone(), true);
+        crate::points::reached("file.alone");
+        // Padding past the end of the file would make it longer, if only until it is cut off again. What lies there goes
+        // through the page cache, which the kernel keeps coherent with direct I/O.
+        let padded_end = if self.regular && blocks.end > end {
+            let size = self.size()?;
+            let whole = size - size % alignment.block;
+            if blocks.end > size {
+                whole.clamp(offset, end)
+            } else {
+                end
+            }
         } else {
-            blocks.clone()
+            end
         };
-        let _alone = self.serial.hold(held, true);
-        let size = self.size()?;
-        direct::write_padded(self, &self.means.pool, alignment, offset, vector, range)?;
-        if self.regular && blocks.end > size.max(end) {
-            self.resize(size.max(end))?;
+        let middle = range.start + (padded_end - offset) as usize;
+        if padded_end > offset {
+            let pool = &self.means.pool;
+            direct::write_padded(self, pool, alignment, offset, vector, range.start..middle)?;
+        }
+        if padded_end < end {
+            self.write_cached(padded_end, vector, middle..range.end)?;
         }
         Ok(())
+    }
+
+    /// Write through the page cache, though the file is open for direct I/O.
+    fn write_cached(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
+        let cached = self.cached()?;
+        self.recorded_write(offset, vector, range, |at, left| {
+            self.counters.transferred(true, false);
+            let slices = vector.io_slices(self.at_once(left));
+            retry(|| pwritev(cached, &slices[..slices.len().min(IOV_MAX)], at))
+        })
+    }
+
+    /// The same file, open a second time and without O_DIRECT.
+    fn cached(&self) -> Result<&OwnedFd, Errno> {
+        if let Some(cached) = self.cached.get() {
+            return Ok(cached);
+        }
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let cached = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(self.cached.get_or_init(|| cached))
     }
 
     /// As `write`, of what may be written as it is.
@@ -325,12 +367,24 @@ impl File {
         vector: &Vector,
         range: Range<usize>,
     ) -> Result<(), Errno> {
+        self.recorded_write(offset, vector, range, |at, left| {
+            self.transfer(true, at, vector, left)
+        })
+    }
+
+    /// Write all of `range` by means of `write`, which is given an offset and what is left, and says how much it did.
+    fn recorded_write(
+        &self,
+        offset: u64,
+        vector: &Vector,
+        range: Range<usize>,
+        write: impl Fn(u64, Range<usize>) -> Result<usize, Errno>,
+    ) -> Result<(), Errno> {
         let token = self.begin_write(offset, vector, range.clone());
         let mut start = range.start;
         let mut result = Ok(());
         while start < range.end && result.is_ok() {
-            let at = offset + (start - range.start) as u64;
-            match self.transfer(true, at, vector, start..range.end) {
+            match write(offset + (start - range.start) as u64, start..range.end) {
                 Ok(0) => result = Err(Errno::NOSPC),
                 Ok(done) => start += done,
                 Err(errno) => result = Err(errno),
@@ -415,13 +469,15 @@ impl File {
     }
 
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        let zeroes = direct::bounce(&self.means.pool, ZERO_CHUNK.min(length as usize));
+        let zeroes = direct::bounce(&self.means.pool, ZERO_CHUNK.min(length as usize))?;
         zeroes.zero(0..zeroes.len());
-        let mut done = 0;
-        while done < length {
-            let part = (length - done).min(zeroes.len() as u64);
-            self.write(offset + done, &zeroes, 0..part as usize)?;
-            done += part;
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            // Pieces end where blocks do, so that only the ends of the range are padded.
+            let part = (end - at).min(ZERO_CHUNK as u64 - at % ZERO_CHUNK as u64);
+            self.write(at, &zeroes, 0..part as usize)?;
+            at += part;
         }
         Ok(())
     }
@@ -465,6 +521,8 @@ impl File {
     }
 
     pub fn resize(&self, size: u64) -> Result<(), Errno> {
+        // Not while blocks at the end are read, changed and written back: they would come back with the old end.
+        let _alone = self.direct.map(|_| self.serial.hold(0..u64::MAX, true));
         let token = self.begin(Operation::Resize, 0, (size, 0), Vec::new);
         let result = retry(|| ftruncate(&self.fd, size));
         self.end(token, result);
@@ -545,6 +603,9 @@ impl File {
 
     /// Ask the kernel to bring a range into the page cache.
     pub fn prefetch(&self, offset: u64, length: u64) {
+        if self.direct.is_some() {
+            return; // nobody would read it there
+        }
         let length = std::num::NonZeroU64::new(length);
         // Advice: that it was not taken is nobody's failure.
         let _ = rustix::fs::fadvise(&self.fd, offset, length, rustix::fs::Advice::WillNeed);

@@ -17,7 +17,9 @@
 //!
 //! Who finds no room queues up; memory that comes back goes to the head of the queue. An eighth is
 //! kept for bounce buffers, which are allowed to overtake: they end the requests that hold the
-//! rest. When even that is used up they get ordinary memory, up to a bound.
+//! rest. When even that is used up they get ordinary memory, as much as they need: they are few
+//! and short, because those who make them are few threads, and a request that could not be carried
+//! out for want of them would be an error of the disk to whoever sent it.
 //!
 //! Memory is not zeroed between uses. Whoever sends from a slot must have overwritten all that it
 //! sends: a read fills its slots to the last byte (zeroes past the end of a file included) before
@@ -44,8 +46,8 @@ pub const BLOCK: usize = 2 << 20;
 /// One byte in this many is in the reserve, which only bounce buffers may use.
 const RESERVE: usize = 8;
 
-/// Ordinary memory that bounce buffers may take when the pool is used up: two of the longest
-/// requests.
+/// Ordinary memory that clients may take up, with requests that the pool cannot hold or payloads
+/// that they do not go on sending: two of the longest requests.
 pub const ORDINARY_MAX: usize = 64 << 20;
 
 /// Numbers the pools of this process.
@@ -158,12 +160,16 @@ impl Pool {
         self.grant(&mut state, length)
     }
 
-    /// Memory for a bounce buffer: overtakes the queue, may use the reserve, then up to
-    /// `ORDINARY_MAX` of ordinary memory. None when all of that is used up.
+    /// Memory for a bounce buffer: overtakes the queue, may use the reserve, then ordinary memory.
+    /// None when the system has none.
     pub fn allocate_bounce(self: &Arc<Self>, length: usize) -> Option<Vec<Slot>> {
-        let mut state = self.lock();
-        self.cut(&mut state, length, 0)
-            .or_else(|| self.ordinary(&mut state, length))
+        let slots = self.cut(&mut self.lock(), length, 0);
+        slots.or_else(|| self.allocate_ordinary_bounce(length))
+    }
+
+    /// Ordinary memory in one piece, for a bounce buffer.
+    pub fn allocate_ordinary_bounce(self: &Arc<Self>, length: usize) -> Option<Vec<Slot>> {
+        Some(vec![self.map_slot(length, 0)?])
     }
 
     /// Ordinary memory, within ORDINARY_MAX: for what has to leave the pool.
@@ -269,20 +275,24 @@ impl Pool {
         NonNull::new(memory).expect("a mapping is never at 0")
     }
 
-    /// Memory that is not the pool's.
+    /// Memory that is not the pool's, within ORDINARY_MAX.
     fn ordinary(self: &Arc<Self>, state: &mut State, length: usize) -> Option<Vec<Slot>> {
         let size = ordinary_size(length);
         if size > ORDINARY_MAX - state.ordinary {
             return None;
         }
-        let memory = map_ordinary(size).ok()?;
+        let slot = self.map_slot(length, size)?;
         state.ordinary += size;
-        Some(vec![Slot {
+        Some(vec![slot])
+    }
+
+    fn map_slot(self: &Arc<Self>, length: usize, counted: usize) -> Option<Slot> {
+        Some(Slot {
             pool: Arc::clone(self),
-            memory,
+            memory: map_ordinary(ordinary_size(length)).ok()?,
             length,
-            origin: Origin::Ordinary,
-        }])
+            origin: Origin::Ordinary { counted },
+        })
     }
 
     /// Grant what is queued for, in order, as far as it fits.
@@ -318,9 +328,9 @@ impl Pool {
                 state.buddies.generations[page] = state.buddies.generations[page].wrapping_add(1);
                 state.buddies.give(page, slot.length.div_ceil(PAGE));
             }
-            Origin::Ordinary => {
+            Origin::Ordinary { counted } => {
                 let size = ordinary_size(slot.length);
-                state.ordinary -= size;
+                state.ordinary -= counted;
                 // SAFETY: mapped with this size for this slot, which is being dropped.
                 let _ = unsafe { munmap(slot.memory.as_ptr().cast(), size) };
             }
@@ -376,8 +386,14 @@ pub struct Slot {
 }
 
 enum Origin {
-    Pool { page: usize, generation: u32 },
-    Ordinary,
+    Pool {
+        page: usize,
+        generation: u32,
+    },
+    /// `counted` bytes of it against ORDINARY_MAX.
+    Ordinary {
+        counted: usize,
+    },
 }
 
 // SAFETY: a slot owns its memory, which is not tied to a thread.
@@ -431,7 +447,7 @@ impl Slot {
     pub fn pool_offset(&self) -> Option<usize> {
         match self.origin {
             Origin::Pool { page, .. } => Some(page * PAGE),
-            Origin::Ordinary => None,
+            Origin::Ordinary { .. } => None,
         }
     }
 
@@ -616,23 +632,20 @@ mod tests {
     }
 
     #[test]
-    fn bounces_get_ordinary_memory_up_to_a_bound() {
+    fn bounces_get_ordinary_memory_whatever_clients_hold() {
         let pool = pool(BLOCK);
         let _all = pool.allocate_bounce(BLOCK).expect("room");
-        let mut first = pool
-            .allocate_bounce(ORDINARY_MAX - PAGE)
-            .expect("ordinary memory");
+        let clients = pool.allocate_ordinary(ORDINARY_MAX).expect("in bounds");
+        assert!(pool.allocate_ordinary(1).is_none());
+        let mut first = pool.allocate_bounce(BLOCK).expect("ordinary memory");
         assert_eq!(
             (first[0].registration(), first[0].pool_offset()),
             (None, None)
         );
-        first[0].bytes_mut()[ORDINARY_MAX - PAGE - 1] = 1;
-        let second = pool.allocate_bounce(1).expect("ordinary memory");
-        assert!(pool.allocate_bounce(1).is_none());
+        first[0].bytes_mut()[BLOCK - 1] = 1;
         assert!(pool.allocate_bounce(usize::MAX).is_none());
-        drop(second);
-        assert!(pool.allocate_bounce(PAGE + 1).is_none());
-        assert!(pool.allocate_bounce(PAGE).is_some());
+        drop((first, clients));
+        assert!(pool.allocate_ordinary(1).is_some());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::extents::FileId;
-use crate::file::{Counters, File};
+use crate::file::File;
 use crate::pool::{Pool, Slot};
 use crate::record::Token;
 use crate::request::{Body, Reply, Request};
@@ -151,7 +151,10 @@ impl Ring {
             .and_then(|_| slot.pool_offset())
             .map(|offset| ((offset + range.start) / BUFFER_MAX) as u16);
         let file = self.files.place(&self.ring, &transfer.file);
-        count(&transfer.file.counters, flight.write, fixed.is_some());
+        transfer
+            .file
+            .counters
+            .transferred(flight.write, fixed.is_some());
         let entry = entry(flight.write, file, buffer, length, transfer.offset, fixed)
             .user_data((index as u64) << 32 | part as u64);
         self.queued.push_back(entry);
@@ -364,21 +367,6 @@ fn entry(
     }
 }
 
-fn count(counters: &Counters, write: bool, fixed: bool) {
-    let direction = if write {
-        &counters.writes
-    } else {
-        &counters.reads
-    };
-    direction.fetch_add(1, Relaxed);
-    let kind = if fixed {
-        &counters.fixed
-    } else {
-        &counters.plain
-    };
-    kind.fetch_add(1, Relaxed);
-}
-
 /// Operations handed to the kernel through all rings, by kind: what the counters of the files must come to.
 #[derive(Default)]
 pub struct Operations {
@@ -470,26 +458,21 @@ fn transfer_on(
     let target = Target::Plain(types::Fd(file.as_raw_fd()));
     let fixed = Some((start / BUFFER_MAX) as u16);
     let entry = entry(write, target, buffer, length, offset, fixed);
-    loop {
-        ops.count(&entry);
-        // SAFETY: the caller lends file and memory until this returns, which is after the completion has been reaped.
-        unsafe { ring.submission().push(&entry) }.expect("an empty submission queue");
-        let mut submitted = ring.submit_and_wait(1);
-        while submitted
-            .as_ref()
-            .is_err_and(|error| error.kind() == std::io::ErrorKind::Interrupted)
-        {
-            submitted = ring.submit_and_wait(1);
-        }
-        submitted.map_err(|error| errno_of(&error))?;
-        let completion = ring.completion().next().expect("the completion waited for");
-        match completion.result() {
-            done if done >= 0 => return Ok(done as usize),
-            error => match Errno::from_raw_os_error(-error) {
-                Errno::AGAIN | Errno::INTR => {}
-                errno => return Err(errno),
-            },
-        }
+    ops.count(&entry);
+    // SAFETY: the caller lends file and memory until this returns, which is after the completion has been reaped.
+    unsafe { ring.submission().push(&entry) }.expect("an empty submission queue");
+    let mut submitted = ring.submit_and_wait(1);
+    while submitted
+        .as_ref()
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::Interrupted)
+    {
+        submitted = ring.submit_and_wait(1);
+    }
+    submitted.map_err(|error| errno_of(&error))?;
+    let completion = ring.completion().next().expect("the completion waited for");
+    match completion.result() {
+        done if done >= 0 => Ok(done as usize),
+        error => Err(Errno::from_raw_os_error(-error)),
     }
 }
 
