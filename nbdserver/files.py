@@ -556,11 +556,13 @@ class FileOpener:
     def meter(self, limits: MeterLimits) -> Meter:
         return self._meter(limits) if self._meter is not None else _Unmetered()
 
-    def image(self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True) -> Layer:
+    def image(
+        self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True, beside: bool = True
+    ) -> Layer:
         source = named_by.filename
         if format is None and not read_only:
             raise ImageError(f"names {name!r} without a format; only read-only images are probed", path=source)
-        path = resolve_name(name, source)
+        path = resolve_name(name, source, beside=beside)
         roots = self._roots if self._chain else (*self._roots, *own_roots(source))
         within(path, roots, name, source)
         try:
@@ -622,8 +624,10 @@ def _contents(key: str, source: str | int) -> bytes:
     return data
 
 
-def resolve_name(name: str, named_by: str | None) -> str:
+def resolve_name(name: str, named_by: str | None, *, beside: bool = True) -> str:
     """The path that an image at ``named_by`` means by ``name``, as QEMU combines them. Raises ImageError.
+
+    A relative name is relative to the directory of the image; not ``beside``: to the working directory.
 
     A name with a colon before its first slash names a protocol, of which only ``file:`` is taken (relative, too, to
     the directory of the image); a path that begins so is written ``./a:b``.
@@ -635,7 +639,7 @@ def resolve_name(name: str, named_by: str | None) -> str:
         name = rest
     if not name or "\0" in name:
         raise ImageError(f"names {name!r}, which is no path", path=named_by)
-    if os.path.isabs(name):
+    if os.path.isabs(name) or not beside:
         return name
     if named_by is None:
         raise ImageError(f"an image that is no file names {name!r}; nothing says relative to what")

@@ -130,10 +130,13 @@ class Opener(Protocol):
     def release(self, file: OpenFile) -> None:
         """Let go of what `file` or `memory` gave. Files are shared, so the last one to let go closes it."""
 
-    def image(self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True) -> Layer:
+    def image(
+        self, name: str, format: str | None, *, named_by: Layer, read_only: bool = True, beside: bool = True
+    ) -> Layer:
         """Open the image that an *image* named (a backing or data file), and count one user of it.
 
-        ``name`` is relative to the directory of the image ``named_by``. ImageError if it lies outside the
+        ``name`` is relative to the directory of the image ``named_by`` (not ``beside``: to the working directory, as
+        QEMU takes the names of data files). ImageError if it lies outside the
         allowed roots, names a remote protocol, closes a loop, or makes the chain too deep. ``format`` None
         means: probe (read-only images only).
         """

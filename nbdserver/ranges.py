@@ -36,6 +36,20 @@ class RangeLock:
             yield
 
     @contextlib.contextmanager
+    def attempt(self, offset: int, length: int) -> Iterator[bool]:
+        """Hold ``length`` bytes from ``offset`` alone if that needs no waiting; whether it is so."""
+        claim = _Claim(offset, offset + length, True)
+        with self._mutex:
+            is_free = not any(earlier.conflicts(claim) for earlier in self._claims)
+            if is_free:
+                self._claims.append(claim)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                self._leave(claim)
+
+    @contextlib.contextmanager
     def _held(self, claim: _Claim) -> Iterator[None]:
         with self._mutex:
             claim.blockers = sum(earlier.conflicts(claim) for earlier in self._claims)

@@ -127,3 +127,11 @@ def test_many_threads_never_overlap() -> None:
     for thread in threads:
         thread.join(60)
     assert not wrong and users == [0] * 64
+
+
+def test_an_attempt_holds_the_range_or_does_nothing() -> None:
+    lock = RangeLock()
+    with lock.shared(0, 8), lock.attempt(4, 8) as one, lock.attempt(8, 8) as two, lock.attempt(15, 1) as three:
+        assert (one, two, three) == (False, True, False)
+    with lock.attempt(0, 100) as is_free:
+        assert is_free

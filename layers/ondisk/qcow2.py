@@ -121,6 +121,10 @@ OFFSET_END: Final = 1 << 56
 #: least cluster.
 SUBCLUSTERS_COUNT: Final = 32
 
+#: Its second word has a bit for each of them that is stored in the host cluster, and, above, for each that is zeroes.
+ALLOCATED_ALL: Final = 0x0000_0000_FFFF_FFFF
+ZERO_ALL: Final = 0xFFFF_FFFF_0000_0000
+
 #: The unit in which compressed data is measured.
 COMPRESSED_SECTOR: Final = 512
 

@@ -3,32 +3,19 @@
 ::
 
     guest cluster ──L1, L2──> normal      ──> file        in place if it is this cluster's alone (COPIED)
-                              unallocated ──> backing     where the backing file has it, else zeroes
+    (or subcluster)           unallocated ──> backing     where the backing file has it, else zeroes
                               zero        ──> zeroes
                               compressed  ──> code        deflate, zstd
+
+"file" is the image itself, or an external data file.
 
 Reading and writing in place need nothing of this package once an extent is known. All else, a write that must
 allocate, zeroing and trimming, ends in a change of the tables in memory, which a flush brings into the file.
 
-================ ===================================================================================
-`layer`          the layer: resolve, read, status
-`writing`        write, zero, trim: what to allocate, copy, link
-`order`          the order of writes that makes a crash at any instant harmless: read it first
-`mapping`        L1 and L2 tables             `clusters`    what an L2 entry says
-`refcounts`      refcounts and allocation     `freespace`   free clusters behind the cursor
-`cache`          tables in memory             `occupied`    the overlap check
-`header`         what is read, what is refused `survey`     checks before the first write
-`storage`        the file                     `compression` decompressing
-`create`         new images                   `compose`     the first cluster, taken apart and put together
-`measure`        how large an image would be
-`snapshots`      made, applied, deleted       `points`      points in time: what it takes to pass one
-`snapshot_table` the table of them            `references`  what L2 tables refer to
-`head`           the header's fields that change at points in time
-================ ===================================================================================
-
+================ ============================================================================
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:
-extended L2 entries, external data files, encryption, unknown incompatible features; for writing also the dirty and
-corrupt bits, and persistent bitmaps, which would silently become worthless.
+encryption, unknown incompatible features; for writing also the dirty and corrupt bits, and persistent bitmaps, which
+would silently become worthless.
 """
 
 from layers.qcow2.layer import Qcow2

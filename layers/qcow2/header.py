@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from layers.ondisk.qcow2 import (
+    AUTOCLEAR_AT,
     AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPRESSION_TYPE_AT,
     COMPRESSION_ZLIB,
     COMPRESSION_ZSTD,
@@ -35,6 +37,7 @@ from layers.ondisk.qcow2 import (
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
     MAGIC,
+    SUBCLUSTERS_COUNT,
     HeaderFields,
     HeaderFields3,
 )
@@ -53,7 +56,16 @@ from nbdserver.layer import Layer
 from nbdserver.limits import DISK_MAX
 
 #: What is understood: images that use any other incompatible feature are refused.
-UNDERSTOOD = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
+UNDERSTOOD = (
+    INCOMPATIBLE_DIRTY
+    | INCOMPATIBLE_CORRUPT
+    | INCOMPATIBLE_DATA_FILE
+    | INCOMPATIBLE_COMPRESSION
+    | INCOMPATIBLE_EXTENDED_L2
+)
+
+#: What autoclear features promise of these, writing here keeps up.
+KEPT = AUTOCLEAR_DATA_FILE_RAW
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,17 @@ class Header:
     backing_format: str | None = None
     extensions: dict[int, bytes] = field(default_factory=dict)
 
+    @property
+    def data_file_name(self) -> str | None:
+        """The external data file that it names."""
+        name = self.extensions.get(EXTENSION_DATA_FILE)
+        return os.fsdecode(name) if name else None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the external data file is, and is to stay, a raw image of the disk by itself."""
+        return bool(self.autoclear & AUTOCLEAR_DATA_FILE_RAW)
+
 
 def read_header(file: Layer) -> Header:
     """Read and check the header of the image in ``file``. Raises ImageError, OSError."""
@@ -95,6 +118,8 @@ def check_writable(header: Header, path: str | None) -> None:
             "be written: open it read-only, or run qemu-img check -r all",
             path=path,
         )
+    if header.geometry.has_data_file and header.snapshots_count:
+        raise ImageError("has internal snapshots, which an image with an external data file cannot have", path=path)
     if header.autoclear & AUTOCLEAR_BITMAPS and EXTENSION_BITMAPS in header.extensions:
         # The format would let us write and drop the autoclear bit, and every bitmap with it: somebody's
         # incremental backup. Who wants that can say so with qemu-img.
@@ -127,7 +152,7 @@ class _Parser:
         extensions = dict(self._extensions(fields3.header_length, extensions_stop))
         self._check_features(fields, fields3, extensions)
         self._check_encryption(fields)
-        geometry = Geometry(fields.cluster_bits, fields3.refcount_order, has_zero=fields.version >= 3)
+        geometry = self._geometry(fields, fields3)
         self._check_tables(fields, geometry)
         backing_name, backing_format = self._backing(fields, extensions)
         return Header(
@@ -205,18 +230,30 @@ class _Parser:
 
     def _check_features(self, fields: HeaderFields, fields3: HeaderFields3, extensions: dict[int, bytes]) -> None:
         incompatible = fields3.incompatible_features
-        if incompatible & INCOMPATIBLE_EXTENDED_L2:
-            self._refuse("uses extended L2 entries (subclusters), which are not supported")
-        if incompatible & INCOMPATIBLE_DATA_FILE:
-            name = extensions.get(EXTENSION_DATA_FILE)
-            named = f" ({os.fsdecode(name)!r})" if name else ""
-            self._refuse(f"uses an external data file{named}, which is not supported")
         unknown = incompatible & ~UNDERSTOOD
         if unknown:
             names = dict(_feature_names(extensions.get(EXTENSION_FEATURE_NAMES, b"")))
             bits = [bit for bit in range(64) if unknown >> bit & 1]
             used = ", ".join(f"{names[bit]} (bit {bit})" if bit in names else f"bit {bit}" for bit in bits)
             self._refuse(f"uses incompatible features that are not supported: {used}")
+
+    def _geometry(self, fields: HeaderFields, fields3: HeaderFields3) -> Geometry:
+        extended = bool(fields3.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
+        has_data_file = bool(fields3.incompatible_features & INCOMPATIBLE_DATA_FILE)
+        least = SUBCLUSTERS_COUNT << CLUSTER_BITS_MIN
+        if extended and 1 << fields.cluster_bits < least:
+            wanted = f"clusters of at least {least} bytes with extended L2 entries"
+            self._refuse("cluster_bits", 20, fields.cluster_bits, wanted)
+        if fields3.autoclear_features & AUTOCLEAR_DATA_FILE_RAW and not has_data_file:
+            found = f"{fields3.autoclear_features:#x}"
+            self._refuse("autoclear_features", AUTOCLEAR_AT, found, "bit 1 clear without an external data file")
+        return Geometry(
+            fields.cluster_bits,
+            fields3.refcount_order,
+            has_zero=fields.version >= 3,
+            extended=extended,
+            has_data_file=has_data_file,
+        )
 
     def _check_encryption(self, fields: HeaderFields) -> None:
         if fields.crypt_method:

@@ -14,7 +14,8 @@ from layers.qcow2 import status
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.create import Options, make_image
 from layers.qcow2.head import Head
-from layers.qcow2.header import Header, check_writable, read_header
+from layers.qcow2.header import KEPT, Header, check_writable, read_header
+from layers.qcow2.host import DataFile, InImage
 from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
 from layers.qcow2.measure import measure
@@ -28,7 +29,7 @@ from layers.qcow2.snapshots import Snapshots
 from layers.qcow2.storage import Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
-from nbdserver.errors import ImageError, RequestError
+from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
 from nbdserver.format import MapEntry, Measure, Progress, Snapshot, no_progress
 from nbdserver.graph import attach, reach
@@ -43,6 +44,8 @@ class Qcow2(Layer):
     file: Layer
     #: What unallocated clusters show. By default (None) what the image names; false: nothing, whatever it names.
     backing: Layer | Literal[False] | None = None
+    #: Where guest data is, if the image has an external data file. By default what the image names.
+    data_file: Layer | None = None
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
     l2_cache_size: Size = L2_CACHE_DEFAULT
     refcount_cache_size: Size = REFCOUNT_CACHE_DEFAULT
@@ -63,7 +66,8 @@ class Qcow2(Layer):
         super().__post_init__()
         #: The metadata lock: never held during data I/O, nor by one who waits.
         self._lock = threading.Lock()
-        #: Guest clusters: held alone by who may change what they map to, shared by who reads them through code.
+        #: Guest clusters, by their bytes: held alone by who may change what they map to, shared by who reads them
+        #: through code.
         self._clusters = RangeLock()
         self._reader: Reader | None = None
         self._writer: Writer | None = None
@@ -95,42 +99,65 @@ class Qcow2(Layer):
     # -- life -------------------------------------------------------------------------------------------------------
 
     def open(self, opener: Opener) -> None:
-        header = read_header(self.file)
+        self._header = header = read_header(self.file)
         if self.backing is None and header.backing_name is not None:
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
-        storage = Storage(self.file, header.geometry.cluster_size)
-        if opener.read_only or self.file.read_only:
+        storage = data = Storage(self.file, header.geometry.cluster_size)
+        is_read_only = opener.read_only or self.file.read_only
+        self._open_data_file(header, opener, is_read_only)
+        if self.data_file is not None:
+            data = Storage(self.data_file, header.geometry.cluster_size)
+        if is_read_only or data.file.read_only:
             mapping = Mapping(storage, header, self.l2_cache_size, self._lock)
-            self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
+            self._reader = Reader(storage, data, header, mapping, self._lock, self.backing or None)
         else:
             check_writable(header, self.filename)
-            self._open_writable(storage, header)
-        self._header = header
+            self._open_writable(storage, data, header)
 
-    def _open_writable(self, storage: Storage, header: Header) -> None:
+    def _open_data_file(self, header: Header, opener: Opener, is_read_only: bool) -> None:
+        """Open the external data file if the image has one that the configuration does not give."""
+        if not header.geometry.has_data_file:
+            if self.data_file is not None:
+                raise ConfigError("the image has no external data file", key="data-file")
+            return
+        if header.is_raw and self.backing and not is_read_only:
+            raise ImageError(
+                "has a backing file and a raw external data file; it cannot be written and both be true",
+                path=self.filename,
+            )
+        if self.data_file is None:
+            name = header.data_file_name
+            if name is None:
+                raise ImageError("has an external data file and does not name it: set data-file", path=self.filename)
+            layer = opener.image(name, "raw", named_by=self, read_only=is_read_only, beside=False)
+            attach(self, "data_file", layer)
+
+    def _open_writable(self, storage: Storage, data: Storage, header: Header) -> None:
         occupied, snapshots = Occupied(), read_table(storage, header.snapshots_offset, header.snapshots_count)
+        head = Head(header)
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
+        host = InImage(storage, refcounts, occupied) if data is storage else self._data_host(data, head)
         mapping = WritableMapping(
-            storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied
+            storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied, host=host
         )
         Survey(storage, header, mapping, refcounts, snapshots).fill(occupied)
         storage.fill_up()
-        if header.autoclear:
+        if header.autoclear & ~KEPT:
             # What they promise to keep up to date, we shall not. Durable before anything else changes.
-            self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(0))
+            self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(header.autoclear & KEPT))
             self.file.flush()
-        self._reader = Reader(storage, header, mapping, self._lock, self.backing or None)
-        head = Head(header)
-        order = Order(storage, self._lock, mapping, refcounts, head)
+        self._reader = Reader(storage, data, header, mapping, self._lock, self.backing or None)
+        order = Order(storage, self._lock, mapping, refcounts, head, host if isinstance(host, DataFile) else None)
         self._writer = Writer(
             self._reader,
             mapping,
             refcounts,
-            occupied,
+            host,
             lock=self._lock,
             clusters=self._clusters,
             discard=Discard(self.pass_discard_request, self.pass_discard_other),
+            is_raw=header.is_raw,
             changed=self.changed,
             allocate=self.allocate,
             order=order,
@@ -150,6 +177,16 @@ class Qcow2(Layer):
             changed=self.changed,
         )
         self._snapshots = Snapshots(image, snapshots, discard=self.pass_discard_snapshot)
+
+    def _data_host(self, data: Storage, head: Head) -> DataFile:
+        data.fill_up(head.size)
+        return DataFile(
+            data,
+            head,
+            lock=self._lock,
+            clusters=self._clusters,
+            runs=lambda start, end: self.reader.mapping.runs(start, end, ahead=False),
+        )
 
     def close(self) -> None:
         if self._writer is not None:
@@ -198,21 +235,25 @@ class Qcow2(Layer):
         return _joined(self._resolve(offset, length, intent))
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
-        if child is not self.backing:
+        if child not in (self.backing, self.data_file):
             return ((0, self.size),)
         end = min(offset + length, self.size)
         return ((offset, end - offset),) if offset < end else ()
 
     def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
-        reader = self.reader
-        # What is written by code is not looked up ahead: the answer would not last.
-        ahead = intent is Intent.READ or any(self._is_writable(run) for run, _, _ in reader.spans(offset, 1))
-        for run, start, end in reader.spans(offset, length, ahead=ahead):
-            if self._is_writable(run):
-                yield Extent(end - start, self.file, reader.place(run, start), True)
-            elif run.kind is Kind.NORMAL and intent is Intent.READ:
+        reader, stop = self.reader, offset + length
+        for run, start, end in reader.spans(offset, length, ahead=True):
+            is_writable = self._is_writable(run)
+            if intent is Intent.WRITE and not is_writable:
+                # What is written by code is not looked up ahead: the answer would not last.
+                if start >= stop:
+                    return
+                yield Extent(min(end, stop) - start, CODE)
+            elif is_writable:
+                yield Extent(end - start, reader.data.file, reader.place(run, start), True)
+            elif run.kind is Kind.NORMAL:
                 yield from reader.stored(run, start, end)
-            elif run.kind is Kind.COMPRESSED or intent is Intent.WRITE:
+            elif run.kind is Kind.COMPRESSED:
                 yield Extent(end - start, CODE)
             elif run.kind is Kind.UNALLOCATED:
                 yield from reader.below(start, end)
@@ -220,15 +261,15 @@ class Qcow2(Layer):
                 yield Extent(end - start, ZERO)
 
     def _resolve_zero(self, offset: int, length: int) -> Iterator[Extent]:
-        """Whole clusters are given up or marked as zero, by code; parts of a cluster are zeroed where they are.
+        """Whole subclusters are given up or marked as zero, by code; parts of them are zeroed where they are.
 
         Answers no more than is asked: it matters where a request begins and ends.
         """
         reader = self.reader
         for run, start, end in reader.spans(offset, length):
-            if run.kind is not Kind.ZERO_ALLOCATED and reader.is_zero(run, start):
+            if run.place is None and reader.is_zero(run, start) and not self._header.is_raw:
                 yield Extent(end - start, ZERO)
-            elif self._is_writable(run):
+            elif self._is_writable(run) and self.pass_discard_request:
                 first, stop = self.writer.whole(start, end)
                 yield from self._in_place(run, start, first)
                 if first < stop:
@@ -239,7 +280,7 @@ class Qcow2(Layer):
 
     def _in_place(self, run: Run, start: int, end: int) -> Iterator[Extent]:
         if start < end:
-            yield Extent(end - start, self.file, self.reader.place(run, start), True)
+            yield Extent(end - start, self.reader.data.file, self.reader.place(run, start), True)
 
     def _is_writable(self, run: Run) -> bool:
         return self._writer is not None and self._writer.is_overwritable(run)
@@ -247,9 +288,8 @@ class Qcow2(Layer):
     # -- by code ----------------------------------------------------------------------------------------------------
 
     def read(self, request: Request) -> None:
-        size = self.reader.geometry.cluster_size
-        first = request.offset // size
-        with self._clusters.shared(first, -(-request.end // size) - first):
+        start, end = self.reader.geometry.span(request.offset, request.end)
+        with self._clusters.shared(start, end - start):
             self.reader.read(request)
 
     def write(self, request: Request) -> None:
@@ -290,6 +330,10 @@ class Qcow2(Layer):
     def _changeable(self) -> Snapshots:
         if self._snapshots is None:
             raise RequestError(errno.EROFS, f"{self.filename}: is open read-only")
+        if self.data_file is not None:
+            raise RequestError(
+                errno.ENOTSUP, f"{self.filename}: has an external data file, and so no internal snapshots"
+            )
         return self._snapshots
 
     # -- block status -----------------------------------------------------------------------------------------------

@@ -65,3 +65,9 @@ ZSTD_WINDOW_MAX: Final = 8 * MIB
 
 #: Tables of new images are written in pieces of about this size.
 TABLES_PIECE: Final = 4 * MIB
+
+#: Subcluster bitmaps whose meaning is remembered: most images have few different ones. About 2 KiB each at worst.
+BITMAPS_KEPT_MAX: Final = 1024
+
+#: An external data file is discarded in pieces of this, each of which is left for later if a request is at work in it.
+DISCARD_PIECE: Final = 16 * MIB

@@ -1,5 +1,7 @@
 """The mapping: L1 and L2 tables, from guest clusters to what holds them.
 
+What entries say is in `clusters`; here is where they are, and that what they no longer name is let go of.
+
 Specification: "Cluster mapping".
 """
 
@@ -7,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from layers.ondisk.qcow2 import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK
 from layers.qcow2.cache import Cache, Table
 from layers.qcow2.clusters import BadEntry, Kind, Run
 from layers.qcow2.header import Header
+from layers.qcow2.host import Host
 from layers.qcow2.limits import CACHED_COUNT_MIN
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut
@@ -40,42 +43,40 @@ class Mapping:
         """The L1 table, to be read only."""
         return self._l1.entries
 
-    def runs(self, first: int, stop: int, *, ahead: bool) -> Iterator[Run]:
-        """The runs of the guest clusters [first, stop); with ``ahead`` on to the end of the last one's L2 table.
+    def runs(self, start: int, end: int, *, ahead: bool) -> Iterator[Run]:
+        """The runs of the clusters that the bytes [start, end) of the disk are in; with ``ahead`` on to the end of the
+        last one's L2 table.
 
         Takes the lock, once a table, and never holds it across a ``yield``. Raises ImageError, OSError; not for
-        what lies behind ``stop``.
+        what lies behind ``end``.
         """
-        cluster, per_table = first, self._geometry.l2_entries
-        while cluster < stop:
+        size, per_table, width = self._geometry.cluster_size, self._geometry.l2_entries, self._geometry.entry_words
+        cluster, stop = start // size, self._geometry.clusters(end)
+        while cluster < stop and start < end:
             index, skip = divmod(cluster, per_table)
             limit = min((index + 1) * per_table, self._clusters if ahead else stop)
             with self._lock:
                 owned = bool(self._l1.entries[index] & COPIED)
                 table = self._table(index)
-                entries = table.entries[skip : skip + limit - cluster] if table is not None else None
+                words = table.entries[skip * width : (skip + limit - cluster) * width] if table is not None else None
                 place = table.place if table is not None else 0
-            if entries is None:
-                yield Run(Kind.UNALLOCATED, cluster, limit, 0, owned)
-                cluster = limit
-                continue
-            start, base = 0, cluster
-            while cluster < limit:
+            if words is None:
+                yield Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0)
+            else:
                 try:
-                    kind = self._geometry.kind(entries[start])
+                    yield from self._geometry.runs(words, cluster, owned)
                 except BadEntry as bad:
-                    if cluster >= stop:
+                    if bad.start >= end:
                         return
-                    raise self.bad_entry(cluster, entries[start], str(bad), place) from bad
-                after = start + self._geometry.run_length(entries, start)
-                yield Run(kind, cluster, base + after, entries[start], owned)
-                start, cluster = after, base + after
+                    raise self.bad_entry(bad.start, bad.found, bad.wanted, place) from bad
+            cluster = limit
 
-    def bad_entry(self, cluster: int, entry: int, wanted: str, table: int = 0) -> ImageError:
-        """The ImageError for what the L2 entry of a guest cluster says."""
-        index, at = divmod(cluster, self._geometry.l2_entries)
+    def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> ImageError:
+        """The ImageError for what the L2 entry of the guest cluster that begins at ``start`` says."""
+        index, at = divmod(start // self._geometry.cluster_size, self._geometry.l2_entries)
         table = table or self._l1.entries[index] & OFFSET_MASK
-        return self._storage.error(f"L2 table {index}, entry {at}", table + at * 8, f"{entry:#018x}", wanted)
+        offset = table + at * 8 * self._geometry.entry_words
+        return self._storage.error(f"L2 table {index}, entry {at}", offset, found, wanted)
 
     def _table(self, index: int) -> Table | None:
         return self._cache.get(index, self._load) if self._l1.entries[index] & OFFSET_MASK else None
@@ -104,9 +105,10 @@ class WritableMapping(Mapping):
         *,
         refcounts: Refcounts,
         occupied: Occupied,
+        host: Host,
     ) -> None:
         super().__init__(storage, header, cache_size, lock)
-        self._refcounts, self._occupied = refcounts, occupied
+        self._refcounts, self._occupied, self._host = refcounts, occupied, host
         #: L2 tables of snapshots, by place, that are not in the cache and are to be written.
         self._others: dict[int, Table] = {}
 
@@ -130,7 +132,7 @@ class WritableMapping(Mapping):
         if old is not None and entry & COPIED:
             return old
         if old is not None:
-            self._check_counted(old.place, 1, f"L1 table, entry {index}", self._l1.place + index * 8)
+            self._refcounts.check_counted(old.place, 1, f"L1 table, entry {index}", self._l1.place + index * 8)
             entries = self._owned_copy(old.entries)
         else:
             entries = array("Q", bytes(self._geometry.cluster_size))
@@ -150,21 +152,40 @@ class WritableMapping(Mapping):
             self._refcounts.retire(old.place, self._geometry.cluster_size, discard=False)
         return table
 
-    def replace(self, cluster: int, entries: array[int], *, discard: bool) -> None:
-        """Give guest clusters from ``cluster`` on, within one L2 table, new entries, and retire what they held.
+    def link(self, start: int, end: int, place: int, *, discard: bool) -> None:
+        """Have the whole subclusters [start, end), within one L2 table, stored at ``place``, in host clusters that are
+        theirs alone; let go of what they had.
 
         ``discard``: give back the storage of what becomes free by it. Raises OSError, ImageError, with nothing
         changed.
         """
-        index, at = divmod(cluster, self._geometry.l2_entries)
-        table = self.own(index)
-        old = table.entries[at : at + len(entries)]
-        gone = self._gone(cluster, old, entries) if any(old) else []
-        table.entries[at : at + len(entries)] = entries
-        table.mark(at, len(entries))
+        self._change(start, end, lambda words: self._geometry.linked(words, start, end, place), discard)
+
+    def zero(self, start: int, end: int, *, unmap: bool, discard: bool) -> None:
+        """Have the whole subclusters [start, end), within one L2 table, read as zeroes (in version 2: unallocated).
+
+        Whole clusters lose what they have in the file if they are compressed, or ``unmap`` says so. ``discard``,
+        errors: as `link`.
+        """
+        self._change(start, end, lambda words: self._geometry.zeroed(words, start, end, unmap=unmap), discard)
+
+    def unlink(self, start: int, end: int, *, discard: bool) -> None:
+        """Have the whole clusters [start, end), within one L2 table, unallocated. ``discard``, errors: as `link`."""
+        self._change(start, end, lambda words: array("Q", bytes(8 * len(words))), discard)
+
+    def _change(self, start: int, end: int, new: Callable[[array[int]], array[int]], discard: bool) -> None:
+        first, count = start // self._geometry.cluster_size, self._geometry.clusters(end)
+        index, at = divmod(first, self._geometry.l2_entries)
+        table, width = self.own(index), self._geometry.entry_words
+        part = slice(at * width, (at + count - first) * width)
+        old = table.entries[part]
+        words = new(old)
+        gone = self._gone(first, old, words) if any(old) else []
+        table.entries[part] = words
+        table.mark(part.start, len(words))
         self._cache.change(index, table)
         for offset, length in gone:
-            self._refcounts.retire(offset, length, discard=discard)
+            self._host.retire(offset, length, discard=discard)
 
     def cut(self, cut: Cut) -> None:
         """Give all that the file lacks to ``cut``."""
@@ -187,7 +208,7 @@ class WritableMapping(Mapping):
         table = self._table(index)
         if table is None:
             return
-        if clear_copied(table.entries):
+        if clear_copied(self._geometry, table.entries):
             table.mark(0, len(table.entries))
             self._cache.change(index, table)
         if self._l1.entries[index] & COPIED:
@@ -199,9 +220,9 @@ class WritableMapping(Mapping):
         table = self._table(index)
         if table is None:
             return
-        size, at = self._geometry.cluster_size, 0
-        while at < len(table.entries):
-            entry, count = table.entries[at], self._geometry.run_length(table.entries, at)
+        size, entries, at = self._geometry.cluster_size, table.entries[:: self._geometry.entry_words], 0
+        while at < len(entries):
+            entry, count = entries[at], self._geometry.run_length(entries, at)
             if entry & OFFSET_MASK and not entry & (COPIED | COMPRESSED):
                 start = (entry & OFFSET_MASK) // size
                 for first, stop, refcount in self._refcounts.runs(start, start + count):
@@ -213,9 +234,10 @@ class WritableMapping(Mapping):
             self._l1.mark(index)
 
     def _set_copied(self, index: int, table: Table, at: int, count: int) -> None:
-        part = slice(at, at + count)
+        width = self._geometry.entry_words
+        part = slice(at * width, (at + count) * width, width)
         table.entries[part] = array("Q", [entry | COPIED for entry in table.entries[part]])
-        table.mark(at, count)
+        table.mark(at * width, count * width)
         self._cache.change(index, table)
 
     def correct(self, table: Table) -> None:
@@ -236,38 +258,17 @@ class WritableMapping(Mapping):
     def _gone(self, cluster: int, old: array[int], new: array[int]) -> list[tuple[int, int]]:
         """(offset, length) of the places in the file that ``old`` refers to and ``new`` does not."""
         gone = []
-        for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            if before & COMPRESSED:
-                place = self._geometry.compressed(before)
-            elif before & OFFSET_MASK and (before ^ after) & OFFSET_MASK:
-                place = before & OFFSET_MASK, self._geometry.cluster_size
-            else:
-                continue
+        for index, offset, length in self._geometry.gone(old, new):
             table, at = divmod(cluster + index, self._geometry.l2_entries)
-            named_at = (self._l1.entries[table] & OFFSET_MASK) + at * 8
-            self._check_data(*place, f"L2 table {table}, entry {at}", named_at)
-            gone.append(place)
+            named_at = (self._l1.entries[table] & OFFSET_MASK) + at * 8 * self._geometry.entry_words
+            self._host.check(offset, length, f"L2 table {table}, entry {at}", named_at)
+            gone.append((offset, length))
         return gone
 
-    def _check_data(self, offset: int, length: int, what: str, named_at: int) -> None:
-        """Raise ImageError if guest data that is to be let go lies where metadata does, or where nothing counts it."""
-        size = self._geometry.cluster_size
-        start, stop = offset // size, (offset + length - 1) // size + 1
-        if self._occupied.overlaps(start, stop - start):
-            raise self._storage.error(what, named_at, f"place {offset:#x}", "one that does not hold metadata")
-        self._check_counted(offset, length, what, named_at)
-
-    def _check_counted(self, offset: int, length: int, what: str, named_at: int) -> None:
-        size = self._geometry.cluster_size
-        for cluster in range(offset // size, (offset + length - 1) // size + 1):
-            if self._refcounts.get(cluster) == 0:
-                raise self._storage.error(what, named_at, f"place {offset:#x} with refcount 0", "at least 1")
-
-    def _owned_copy(self, entries: array[int]) -> array[int]:
+    def _owned_copy(self, words: array[int]) -> array[int]:
         """A copy of a shared L2 table. In those COPIED means nothing; in the copy it would be believed."""
-        copy = entries[:]
-        for index, entry in enumerate(entries):
-            place = entry & OFFSET_MASK
-            if entry & COPIED and self._refcounts.get(place // self._geometry.cluster_size) != 1:
-                copy[index] = entry & ~COPIED
+        copy = words[:]
+        for index in range(0, len(words), self._geometry.entry_words):
+            if words[index] & COPIED and not self._host.is_alone(words[index] & OFFSET_MASK):
+                copy[index] = words[index] & ~COPIED
         return copy

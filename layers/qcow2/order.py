@@ -6,7 +6,8 @@ itself. It goes out in this order (``|`` is a sync of the file; within a step th
 lost)::
 
     prepare   refcount blocks; new L2 tables; a new refcount table
-       |      (also makes durable all guest data and copied data written so far, and new tables for the switch)
+       |      (also makes durable all guest data and copied data written so far, in an external data file, too, and new
+       |      tables for the switch)
     publish   refcount table entries of new blocks; the header's pointer to a new refcount table
        |      (both only if there are any)
     link      changed L2 entries; L1 entries
@@ -32,12 +33,15 @@ Why, step by step. Let a *reference* be anything in the file that names a cluste
   hence before the cut that has this entry, hence durable (sync after prepare) before the entry is linked. The old
   cluster is neither rewritten nor reused before release.
 - *An L2 table is not seen half-made.* A new one (or the copy of one that a snapshot shares) is durable before an L1
-  entry names it. From then on it is rewritten in place, in link: 8-byte entries, each of them right by itself whether
-  its sector got out or not.
+  entry names it. From then on it is rewritten in place, in link: entries of 8 or 16 bytes, each of them right by
+  itself whether its sector got out or not (none crosses one).
 - *The refcount table moves in one write*, of two fields in the header's first sector. The longer table is durable
   before, and the old one is released after.
-- *A cluster kept for zeroes* (ZERO_ALLOCATED, COPIED) is filled in place before it is linked as data; an older entry
-  that a crash brings back names it as data of the same guest cluster, with nothing flushed since.
+- *A cluster kept for zeroes, or for subclusters yet to be written* (COPIED) is filled in place before it is linked as
+  data. An older entry that a crash brings back names it as data of the same place of the disk, with nothing flushed
+  since, or does not name it at all.
+- *In an external data file* that is so of every cluster, for each has its one place there. Nothing is counted; but
+  storage is given back by release, where it cannot be missed by an older entry, unless it is in use again.
 
 Points in time (`snapshots`, `resize`) change what the image is. Each is a switch, which one sector brings about, with
 whatever it takes before and after. What comes before may be spread over any number of cuts, and so may what comes
@@ -73,19 +77,18 @@ back), and what was not flushed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from layers.qcow2.cache import Table, Write
-from nbdserver.errors import RequestError
+from layers.qcow2.intervals import common, counted, joined
 from nbdserver.layer import finish
 
 if TYPE_CHECKING:
     from layers.qcow2.head import Head
+    from layers.qcow2.host import DataFile
     from layers.qcow2.mapping import WritableMapping
     from layers.qcow2.refcounts import Refcounts
     from layers.qcow2.storage import Storage
@@ -108,6 +111,8 @@ class Cut:
         self.links: list[Write] = []
         self.switches: list[Write] = []
         self.retired: list[Retired] = []
+        #: (start, end) of what was let go of in the external data file.
+        self.bared: list[tuple[int, int]] = []
         #: The refcount table that the header names when this is through, if it changes.
         self.published: Table | None = None
         self._taken: list[tuple[Table, set[int]]] = []
@@ -156,10 +161,16 @@ class Order:
     """Flushes: one at a time, shared by those who wait for it."""
 
     def __init__(
-        self, storage: Storage, lock: threading.Lock, mapping: WritableMapping, refcounts: Refcounts, head: Head
+        self,
+        storage: Storage,
+        lock: threading.Lock,
+        mapping: WritableMapping,
+        refcounts: Refcounts,
+        head: Head,
+        data_file: DataFile | None,
     ) -> None:
         self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
-        self._head = head
+        self._head, self._data_file = head, data_file
         self._turn = threading.Condition()
         self._running = False
         self._begun = self._done = 0
@@ -211,109 +222,82 @@ class Order:
             self._refcounts.cut(cut)
             self._mapping.cut(cut)
             self._head.cut(cut)
+            if self._data_file is not None:
+                cut.bared = self._data_file.cut()
         try:
             self._write_out(cut)
         except BaseException:
             with self._lock:
                 cut.end(written=False)
-                self._refcounts.retire_again(cut.retired)
+                self._retire_again(cut)
             raise
         with self._lock:
             cut.end(written=True)
             self._refcounts.settle(cut)
             self._mapping.settle()
             self._head.settle(cut)
-        self._release(cut.retired)
+        self._release(cut)
 
     def _write_out(self, cut: Cut) -> None:
         self._write(cut.prepares)
-        self._sync()
+        if self._data_file is not None:
+            self._sync(self._data_file.storage)
+        if cut.prepares or self._data_file is None:
+            self._sync(self._storage)
         cut.prepared()
         for step in (cut.publishes, cut.links, cut.switches):
             if step:
                 self._write(step)
-                self._sync()
+                self._sync(self._storage)
 
     def _write(self, writes: Iterable[Write]) -> None:
         for write in writes:
             self._storage.file.pwrite(write.offset, write.data)
 
-    def _sync(self) -> None:
+    def _sync(self, storage: Storage) -> None:
         try:
-            finish(self._storage.file.flush())
+            finish(storage.file.flush())
         except BaseException as error:
             self._failure = error
             raise
 
-    def _release(self, retired: list[Retired]) -> None:
-        """Nothing in the file refers to these any more: set them free."""
-        if not retired:
-            return
+    def _retire_again(self, cut: Cut) -> None:
+        self._refcounts.retire_again(cut.retired)
+        if self._data_file is not None:
+            self._data_file.retire_again(cut.bared)
+
+    def _release(self, cut: Cut) -> None:
+        """Nothing in the file refers any more to what ``cut`` let go of: set it free."""
         try:
-            for start, stop in _joined((run.start, run.stop) for run in retired):
-                self._storage.wait_unused(start, stop)
-            with self._lock:
-                last = [
-                    (first, end)
-                    for start, stop, times in counted((run.start, run.stop) for run in retired)
-                    for first, end, refcount in self._refcounts.runs(start, stop)
-                    if refcount <= times
-                ]
-            self._discard(last, _joined((run.start, run.stop) for run in retired if run.discard))
+            self._wait_unused(cut.retired)
+            self._discard(cut.retired)
+            if self._data_file is not None:
+                self._data_file.release(cut.bared)
         except BaseException:
             with self._lock:
-                self._refcounts.retire_again(retired)
+                self._retire_again(cut)
             raise
         with self._lock:  # never twice: should this fail half-way, the rest leaks
-            for start, stop, times in counted((run.start, run.stop) for run in retired):
+            for start, stop, times in counted((run.start, run.stop) for run in cut.retired):
                 self._refcounts.drop(start, stop, times)
 
-    def _discard(self, unused: Iterable[tuple[int, int]], wanted: Iterable[tuple[int, int]]) -> None:
-        """Give back the storage of what is in both."""
-        for start, stop in _common(_joined(unused), wanted):
-            # Advice: a file that cannot take it is none the worse for it.
-            with contextlib.suppress(OSError, RequestError):
-                self._storage.trim(start, stop)
+    def _wait_unused(self, retired: list[Retired]) -> None:
+        size = self._storage.cluster_size
+        for start, stop in joined((run.start, run.stop) for run in retired):
+            self._storage.file.wait_unused(start * size, (stop - start) * size)
 
-
-def _joined(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The union of half-open runs, in order."""
-    start = stop = -1
-    for first, end in sorted(runs):
-        if first > stop:
-            if stop > start:
-                yield start, stop
-            start, stop = first, end
-        stop = max(stop, end)
-    if stop > start:
-        yield start, stop
-
-
-def _common(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What two ordered sequences of disjoint runs have in common."""
-    one, two = iter(some), iter(others)
-    a, b = next(one, None), next(two, None)
-    while a is not None and b is not None:
-        start, stop = max(a[0], b[0]), min(a[1], b[1])
-        if start < stop:
-            yield start, stop
-        if a[1] < b[1]:
-            a = next(one, None)
-        else:
-            b = next(two, None)
-
-
-def counted(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, how often): what is in half-open runs, in order."""
-    steps = Counter[int]()
-    for first, end in runs:
-        steps[first] += 1
-        steps[end] -= 1
-    start = times = 0
-    for cluster, step in sorted(steps.items()):
-        if times:
-            yield start, cluster, times
-        start, times = cluster, times + step
+    def _discard(self, retired: list[Retired]) -> None:
+        """Give back the storage of what has been let go of for the last time, and is to be discarded."""
+        with self._lock:
+            unused = [
+                (first, end)
+                for start, stop, times in counted((run.start, run.stop) for run in retired)
+                for first, end, refcount in self._refcounts.runs(start, stop)
+                if refcount <= times
+            ]
+        size = self._storage.cluster_size
+        for start, stop in common(joined(unused), joined((run.start, run.stop) for run in retired if run.discard)):
+            self._storage.discard(start * size, stop * size)
 
 
 def _again(error: BaseException) -> Exception:

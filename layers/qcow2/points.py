@@ -21,10 +21,11 @@ from layers.ondisk.qcow2 import COPIED, OFFSET_MASK
 from layers.qcow2 import references
 from layers.qcow2.clusters import BadEntry, Geometry
 from layers.qcow2.head import Head
+from layers.qcow2.intervals import counted
 from layers.qcow2.limits import REFERENCES_COUNT_MAX
 from layers.qcow2.mapping import WritableMapping
 from layers.qcow2.occupied import Occupied
-from layers.qcow2.order import Order, counted
+from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
 from layers.qcow2.storage import Storage
@@ -80,7 +81,7 @@ class Image:
             self.writer.frozen = True
             try:
                 self.changed(0, self.reader.size)
-                self.storage.file.wait_unused(0, self.storage.size)
+                self.reader.data.file.wait_unused(0, self.reader.data.size)
                 self.order.flush()
                 yield
             finally:

@@ -18,12 +18,19 @@ from nbdserver.request import Request
 
 
 class Reader:
-    """An image as it is now. ``backing``: what unallocated clusters show; None: zeroes."""
+    """An image as it is now. ``data``: the file that guest data is in, ``storage`` or another. ``backing``: what
+    unallocated clusters show; None: zeroes."""
 
     def __init__(
-        self, storage: Storage, header: Header, mapping: Mapping, lock: threading.Lock, backing: Layer | None
+        self,
+        storage: Storage,
+        data: Storage,
+        header: Header,
+        mapping: Mapping,
+        lock: threading.Lock,
+        backing: Layer | None,
     ) -> None:
-        self.storage, self.geometry, self.mapping = storage, header.geometry, mapping
+        self.storage, self.data, self.geometry, self.mapping = storage, data, header.geometry, mapping
         self.size, self.backing = header.size, backing
         self._compression = header.compression
         self._lock = lock
@@ -47,21 +54,22 @@ class Reader:
 
         With ``ahead`` it goes on as `Mapping.runs` does. Raises ImageError, OSError.
         """
-        size = self.geometry.cluster_size
         limit = self.size if ahead else offset + length
-        for run in self.mapping.runs(offset // size, self.geometry.clusters(offset + length), ahead=ahead):
-            yield run, max(run.first * size, offset), min(run.stop * size, limit)
+        for run in self.mapping.runs(offset, offset + length, ahead=ahead):
+            if run.end > offset and run.start < limit:
+                yield run, max(run.start, offset), min(run.end, limit)
 
     def place(self, run: Run, offset: int) -> int:
-        """Where in the file the byte ``offset`` of the disk is, which a run with host clusters holds."""
-        return run.place + offset - run.first * self.geometry.cluster_size
+        """Where in the data file the byte ``offset`` of the disk is, which a run with host clusters holds."""
+        assert run.place is not None
+        return run.place + offset - run.start
 
     def stored(self, run: Run, start: int, end: int) -> Iterator[Extent]:
         """Where the bytes [start, end) of a run with host clusters are; what the file does not reach to is zeroes."""
         place = self.place(run, start)
-        edge = min(max(self.storage.size - place + start, start), end)
+        edge = min(max(self.data.size - place + start, start), end)
         if start < edge:
-            yield Extent(edge - start, self.storage.file, place)
+            yield Extent(edge - start, self.data.file, place)
         if edge < end:
             yield Extent(end - edge, ZERO)
 
@@ -69,7 +77,7 @@ class Reader:
         """Whether the bytes of ``run`` from ``start`` on read as zeroes for there being nothing in them."""
         if run.kind is Kind.UNALLOCATED:
             return start >= self.below_size
-        return run.kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)
+        return run.kind is Kind.ZERO
 
     def read(self, request: Request) -> None:
         """Read any range. Raises ImageError, OSError, RequestError."""
@@ -81,7 +89,7 @@ class Reader:
         if run.kind is Kind.NORMAL:
             self._read_extents(self.stored(run, part.offset, part.end), part)
         elif run.kind is Kind.COMPRESSED:
-            skip = part.offset - run.first * self.geometry.cluster_size
+            skip = part.offset - run.start
             part.vector.fill(memoryview(self._decompress(run))[skip : skip + part.length])
         elif run.kind is Kind.UNALLOCATED:
             self._read_extents(self.below(part.offset, part.end), part)
@@ -111,7 +119,7 @@ class Reader:
             plain = decompress(data, self._compression, self.geometry.cluster_size)
         except BadData as bad:
             wanted = f"a cluster of compressed data at {offset:#x} ({bad})"
-            raise self.mapping.bad_entry(run.first, run.entry, wanted) from bad
+            raise self.mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted) from bad
         with self._lock:
             self._decompressed[run.entry] = plain
             while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):

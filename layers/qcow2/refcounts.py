@@ -106,6 +106,13 @@ class Refcounts:
                     return number * self._geometry.block_entries + used
         return 0
 
+    def check_counted(self, offset: int, length: int, what: str, named_at: int) -> None:
+        """Raise ImageError if what ``what``, at ``named_at``, refers to is not counted as used."""
+        size = self._geometry.cluster_size
+        for cluster in range(offset // size, (offset + length - 1) // size + 1):
+            if self.get(cluster) == 0:
+                raise self._storage.error(what, named_at, f"place {offset:#x} with refcount 0", "at least 1")
+
     def count_used(self, clusters: int, enough: int) -> int:
         """How many of the first ``clusters`` clusters are in use; counts no further than to ``enough``."""
         used = 0

@@ -43,28 +43,19 @@ def tables(storage: Storage, geometry: Geometry, l1: Iterable[int], what: str) -
         yield index, Table.parse(place, data)
 
 
-def clusters(geometry: Geometry, entries: array[int]) -> Iterator[tuple[int, int]]:
+def clusters(geometry: Geometry, words: array[int]) -> Iterator[tuple[int, int]]:
     """[start, stop) of the clusters of the file that L2 entries refer to, once for each reference.
 
     Raises BadEntry for what no valid image contains.
     """
-    size, index = geometry.cluster_size, 0
-    while index < len(entries):
-        entry = entries[index]
-        geometry.kind(entry)
-        count = geometry.run_length(entries, index)
-        if entry & COMPRESSED:
-            offset, length = geometry.compressed(entry)
-            yield offset // size, (offset + length - 1) // size + 1
-        elif entry & OFFSET_MASK:
-            start = (entry & OFFSET_MASK) // size
-            yield start, start + count
-        index += count
+    size = geometry.cluster_size
+    for offset, length in geometry.places(words):
+        yield offset // size, (offset + length - 1) // size + 1
 
 
-def clear_copied(entries: array[int]) -> bool:
+def clear_copied(geometry: Geometry, words: array[int]) -> bool:
     """Clear COPIED in the L2 entries; whether it was set in any."""
-    top = memoryview(entries).cast("B")[_TOP::8]
+    top = memoryview(words).cast("B")[_TOP :: 8 * geometry.entry_words]
     before = bytes(top)
     after = before.translate(_CLEAR)
     top[:] = after

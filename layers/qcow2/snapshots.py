@@ -187,7 +187,7 @@ class Snapshots:
         """In L2 tables that only snapshots have, COPIED may be anything; in the active ones it is believed."""
         image = self._image
         for _, table in references.tables(image.storage, image.geometry, l1, what):
-            if references.clear_copied(table.entries):
+            if references.clear_copied(image.geometry, table.entries):
                 table.mark(0, len(table.entries))
                 with image.lock:
                     image.mapping.correct(table)

@@ -42,15 +42,15 @@ def entries(reader: Reader, offset: int, length: int, *, preallocated: bool) -> 
             yield MapEntry(stop - start)
         elif run.kind is Kind.COMPRESSED:
             yield MapEntry(stop - start, data=True, compressed=True)
-        elif run.kind is Kind.ZERO:
+        elif run.place is None:
             yield MapEntry(stop - start, zero=True)
-        elif run.kind is Kind.ZERO_ALLOCATED:
-            yield MapEntry(stop - start, zero=True, child=reader.storage.file, offset=reader.place(run, start))
+        elif run.kind is Kind.ZERO:
+            yield MapEntry(stop - start, zero=True, child=reader.data.file, offset=reader.place(run, start))
         else:
             place = reader.place(run, start)
             runs = _in_file(reader, run, start, stop) if preallocated else ((stop - start, 0),)
             for count, flags in runs:
-                yield MapEntry(count, data=True, zero=bool(flags), child=reader.storage.file, offset=place)
+                yield MapEntry(count, data=True, zero=bool(flags), child=reader.data.file, offset=place)
                 place += count
 
 
@@ -90,8 +90,8 @@ def _below(reader: Reader, context: str, start: int, end: int) -> Iterator[tuple
 
 def _in_file(reader: Reader, run: Run, start: int, end: int) -> Iterator[tuple[int, int]]:
     place = reader.place(run, start)
-    there = max(min(end - start, reader.storage.size - place), 0)
-    for length, flags in _exactly(reader.storage.file, place, there):
+    there = max(min(end - start, reader.data.size - place), 0)
+    for length, flags in _exactly(reader.data.file, place, there):
         yield length, flags & STATE_ZERO
     if there < end - start:
         yield end - start - there, STATE_ZERO

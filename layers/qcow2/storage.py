@@ -1,4 +1,5 @@
-"""The image file, as the rest of the format uses it: metadata in and out, and room for more."""
+"""The image file (and the external data file) as the rest of the format uses it: metadata in and out, and room for
+more."""
 
 from __future__ import annotations
 
@@ -41,10 +42,11 @@ class Storage:
         if not 0 < place < self.size:
             raise self.error(what, named_at, f"place {place:#x}", f"one in the file, which ends at {self.size:#x}")
 
-    def fill_up(self) -> None:
-        """Have the file end with a whole cluster, if it can: what is in one may then be written in place."""
+    def fill_up(self, size: int | None = None) -> None:
+        """Have the file reach to ``size``, by default to the end of its last cluster, if it can: what lies in it may
+        then be written in place."""
         with contextlib.suppress(OSError):
-            self.reserve(0, -(-self.size // self.cluster_size) * self.cluster_size)
+            self.reserve(0, -(-self.size // self.cluster_size) * self.cluster_size if size is None else size)
 
     def reserve(self, offset: int, length: int) -> bool:
         """Make the file reach to the end of the range; whether it lies behind all that was there, so is zeroes.
@@ -72,11 +74,7 @@ class Storage:
         if length:
             self.file.zero(Request.zero(offset, length, Flag.MAY_UNMAP))
 
-    def wait_unused(self, start: int, stop: int) -> None:
-        """Wait for I/O that is running on the clusters [start, stop). Hold no lock."""
-        self.file.wait_unused(start * self.cluster_size, (stop - start) * self.cluster_size)
-
-    def trim(self, start: int, stop: int) -> None:
-        """Give back the storage of the clusters [start, stop)."""
-        offset = start * self.cluster_size
-        self.file.trim(Request.trim(offset, min(stop * self.cluster_size, self.size) - offset))
+    def discard(self, start: int, end: int) -> None:
+        """Give back the storage of the bytes [start, end), if the file can: it is none the worse if it cannot."""
+        with contextlib.suppress(OSError, RequestError):
+            self.file.trim(Request.trim(start, min(end, self.size) - start))

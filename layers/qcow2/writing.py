@@ -5,26 +5,28 @@ An allocating write of several clusters::
     hold the guest clusters alone
     take host clusters                                            (metadata lock)
     write [what was before it │ the data │ what was behind it]    no lock; one write for each contiguous piece
-    enter them in the L2 tables, announce the change, retire the old ones       (metadata lock)
+    link them in the L2 tables, announce the change, retire the old ones        (metadata lock)
 
-What fails before the last step leaves nothing behind. When the request returns, everybody sees the new clusters, and
-`order` sees to the file.
+What surrounds the data in its first and last subcluster is copied along with it; of a cluster that must move, also
+whatever else is stored in it. What fails before the last step leaves nothing behind. When the request returns,
+everybody sees the new clusters, and `order` sees to the file.
+
+If an external data file is to be a raw image by itself (``is_raw``), zeroing and trimming are done in there, and never
+by an entry.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from layers.ondisk.qcow2 import COPIED, ZERO
 from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.host import DataFile, Host
 from layers.qcow2.limits import ZEROES_INLINE_MAX
 from layers.qcow2.mapping import WritableMapping
-from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
@@ -35,15 +37,15 @@ from nbdserver.request import NO_VECTOR, Flag, Request, Vector
 
 
 class Piece(NamedTuple):
-    """The guest clusters [first, stop), which are written to the host clusters at ``place``."""
+    """The bytes [start, end) of the disk, which are written to ``place``."""
 
-    first: int
-    stop: int
+    start: int
+    end: int
     place: int
-    #: They are there already: what the request does not cover stays, and no L2 entry changes.
-    in_place: bool
+    #: They are there already: no L2 entry changes.
+    in_place: bool = False
     #: The host clusters have been taken for this.
-    taken: bool
+    taken: bool = False
 
 
 class Discard(NamedTuple):
@@ -65,19 +67,21 @@ class Writer:
         reader: Reader,
         mapping: WritableMapping,
         refcounts: Refcounts,
-        occupied: Occupied,
+        host: Host,
         *,
         lock: threading.Lock,
         clusters: RangeLock,
         discard: Discard,
+        is_raw: bool,
         changed: Callable[[int, int], None],
         allocate: Callable[[int], Vector],
         order: Order,
     ) -> None:
-        self._reader, self._mapping, self.refcounts, self._occupied = reader, mapping, refcounts, occupied
-        self._storage, self._geometry = reader.storage, reader.geometry
+        self._reader, self._mapping, self.refcounts, self._host = reader, mapping, refcounts, host
+        self._data, self._geometry = host.storage, reader.geometry
         self._lock, self._clusters = lock, clusters
-        self._discard, self._changed, self._allocate = discard, changed, allocate
+        self._discard, self._is_raw, self._changed, self._allocate = discard, is_raw, changed, allocate
+        self._data_file = host if isinstance(host, DataFile) else None
         self._order = order
         #: Whether nothing may be overwritten in place, whatever the image says: a snapshot is being made.
         self.frozen = False
@@ -95,13 +99,17 @@ class Writer:
         return not self.frozen and run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
-        """What of the bytes [start, end) can be made zero by L2 entries: the whole clusters in it, [first, stop).
+        """What of the bytes [start, end) can be made zero by L2 entries: the whole subclusters in it, [first, stop).
 
-        At the end of the disk, the last cluster is whole as far as it goes.
+        At the end of the disk, the last one is whole as far as it goes.
         """
-        size = self._geometry.cluster_size
+        if self._is_raw:
+            return end, end
         if not self._geometry.has_zero and start < self._reader.below_size:
             return end, end  # all that version 2 could do is show the backing file again
+        return self._aligned(start, end, self._geometry.subcluster_size)
+
+    def _aligned(self, start: int, end: int, size: int) -> tuple[int, int]:
         first = min(-(-start // size) * size, end)
         return first, end if end == self._reader.size else max(end // size * size, first)
 
@@ -115,168 +123,206 @@ class Writer:
 
     def _write(self, request: Request) -> None:
         """Write a range whose clusters are held."""
-        runs = list(self._mapping.runs(*self._span(request), ahead=False))
-        pieces = self._reserve(runs)
-        linked = 0  # guest clusters below this have their pieces for good
+        runs = list(self._mapping.runs(*self._geometry.span(request.offset, request.end), ahead=False))
+        pieces = self._reserve(request, runs)
+        linked = 0  # what is below this on the disk has its pieces for good
         try:
-            for piece in _merged(pieces, self._geometry.cluster_size):
+            for piece in _merged(pieces):
                 self._put(request, piece, runs)
             with self._lock:
-                for cluster, entries in self._links(pieces):
-                    self._mapping.replace(cluster, entries, discard=self._discard.other)
-                    linked = cluster + len(entries)
-                    self._announce(cluster, linked)
+                for piece in pieces:
+                    for start, end in self._by_table(piece.start, piece.end if not piece.in_place else 0):
+                        place = piece.place + start - piece.start
+                        self._mapping.link(start, end, place, discard=self._discard.other)
+                        linked = end
+                        self._announce(start, end)
         except BaseException:
             with self._lock:
                 self._give_back(pieces, linked)
             raise
 
-    def _reserve(self, runs: list[Run]) -> list[Piece]:
-        """Where to write each of ``runs``, in order; takes the clusters that it needs, and the L2 tables."""
+    def _reserve(self, request: Request, runs: list[Run]) -> list[Piece]:
+        """Where to write what of the clusters of ``request``, which ``runs`` are of, in order; takes the host clusters
+        that it needs, and the L2 tables."""
         pieces: list[Piece] = []
         with self._lock:
             try:
-                for index in self._tables_to_own(runs):
+                for index in self._tables_to_own(request, runs):
                     self._mapping.own(index)
+                reached = 0  # the guest clusters below this have been dealt with
                 for run in runs:
-                    pieces.extend(self._places(run))
+                    if run.copied:
+                        pieces.extend(self._kept(request, run))
+                        continue
+                    while (start := max(run.start, reached)) < run.end:
+                        place, count = self._host.take(start, self._geometry.clusters(run.end - start))
+                        reached = start + count * self._geometry.cluster_size
+                        pieces.append(self._taken(request, runs, start, reached, place))
             except BaseException:
                 self._give_back(pieces, 0)
                 raise
         return pieces
 
-    def _tables_to_own(self, runs: list[Run]) -> range:
+    def _tables_to_own(self, request: Request, runs: list[Run]) -> range:
         """The L2 tables that will change. (They are made before data clusters are taken, which so are contiguous.)"""
-        change = [run for run in runs if not self.is_overwritable(run)]
+        change = [
+            run for run in runs
+            if run.start < request.end and request.offset < run.end and not self.is_overwritable(run)
+        ]  # fmt: skip
         if not change:
             return range(0)
         self._order.check()
-        per_table = self._geometry.l2_entries
-        return range(change[0].first // per_table, (change[-1].stop - 1) // per_table + 1)
+        step = self._geometry.table_span
+        return range(max(change[0].start, request.offset) // step, (min(change[-1].end, request.end) - 1) // step + 1)
 
-    def _places(self, run: Run) -> Iterator[Piece]:
-        if run.copied and run.kind in (Kind.NORMAL, Kind.ZERO_ALLOCATED):
-            if not self._is_in_place(run):
-                wanted = f"a place in the file, which ends at {self._storage.size:#x}, that does not hold metadata"
-                raise self._mapping.bad_entry(run.first, run.entry, wanted)
-            yield Piece(run.first, run.stop, run.place, run.kind is Kind.NORMAL, False)
+    def _kept(self, request: Request, run: Run) -> Iterator[Piece]:
+        """The piece for a run that stays where it is: nothing is read or written of what is stored there already."""
+        start, end = max(run.start, request.offset), min(run.end, request.end)
+        if start >= end:
             return
-        first = run.first
-        while first < run.stop:
-            start, count = self.refcounts.take(run.stop - first)
-            yield Piece(first, first + count, start * self._geometry.cluster_size, False, True)
-            first += count
+        if not self._is_in_place(run):
+            wanted = f"a place in the file, which ends at {self._data.size:#x}, that does not hold metadata"
+            raise self._mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted)
+        in_place = run.kind is Kind.NORMAL
+        if not in_place:
+            start, end = self._widened(start, end)
+        yield Piece(start, end, self._reader.place(run, start), in_place)
+
+    def _taken(self, request: Request, runs: list[Run], start: int, end: int, place: int) -> Piece:
+        """The piece for the clusters [start, end), which are to be at ``place``: all of ``request``, and all that is
+        stored in them."""
+        first, stop = self._widened(max(start, request.offset), min(end, request.end))
+        for run in runs:
+            if run.kind in (Kind.NORMAL, Kind.COMPRESSED) and run.start < end and start < run.end:
+                first, stop = min(first, max(run.start, start)), max(stop, min(run.end, end))
+        stop = min(stop, self._end)
+        return Piece(first, stop, place + first - start, taken=True)
+
+    def _widened(self, start: int, end: int) -> tuple[int, int]:
+        """The bytes [start, end), widened to whole subclusters; in a data file, at most to the end of the disk."""
+        size = self._geometry.subcluster_size
+        return start // size * size, min(-(-end // size) * size, self._end)
+
+    @property
+    def _end(self) -> int:
+        """Where room for guest data ends, as an offset of the disk: an external data file may be a raw image of it."""
+        size = self._reader.size
+        return size if self._geometry.has_data_file else self._geometry.clusters(size) * self._geometry.cluster_size
 
     def _give_back(self, pieces: list[Piece], linked: int) -> None:
+        size = self._geometry.cluster_size
         for piece in pieces:
-            first = max(piece.first, linked)
-            if piece.taken and first < piece.stop:
-                start = piece.place // self._geometry.cluster_size + first - piece.first
-                self.refcounts.give_back(start, piece.stop - first)
+            start, end = self._geometry.span(piece.start, piece.end)
+            first = max(start, self._geometry.clusters(linked) * size)
+            if piece.taken and first < end:
+                self._host.give_back(piece.place - piece.start % size + first - start, (end - first) // size)
 
     def _put(self, request: Request, piece: Piece, runs: list[Run]) -> None:
-        """Write what ``request`` has for ``piece``, and, into new clusters, what surrounds it in the first and last."""
-        size = self._geometry.cluster_size
-        piece_start, piece_end = piece.first * size, piece.stop * size
-        start, end = max(request.offset, piece_start), min(request.end, piece_end)
-        vector = request.vector.slice(start - request.offset, end - start)
-        place = piece.place + start - piece_start
+        """Write what ``request`` has for ``piece``, and what surrounds that in it."""
+        start, end = max(request.offset, piece.start), min(request.end, piece.end)
+        vector, place = request.vector.slice(start - request.offset, end - start), piece.place
         if not piece.in_place:
-            is_zeroed = self._storage.reserve(piece.place, piece_end - piece_start)
-            before = self._surrounding(runs[0], piece_start, start, piece.place, is_zeroed)
-            after = self._surrounding(runs[-1], end, piece_end, place + end - start, is_zeroed)
+            is_zeroed = self._host.reserve(piece.place, piece.end - piece.start)
+            before = self._surrounding(runs, piece.start, start, place, is_zeroed)
+            place += start - piece.start
+            after = self._surrounding(runs, end, piece.end, place + end - start, is_zeroed)
             vector, place = before + vector + after, place - before.length
-        finish(self._storage.file.write(Request.write(place, vector)))
+        finish(self._data.file.write(Request.write(place, vector)))
 
-    def _surrounding(self, run: Run, start: int, end: int, place: int, is_zeroed: bool) -> Vector:
-        """What the bytes [start, end) of the disk, in one cluster of ``run``, were: to be written to ``place``.
+    def _surrounding(self, runs: list[Run], start: int, end: int, place: int, is_zeroed: bool) -> Vector:
+        """What the bytes [start, end) of the disk were, which ``runs`` hold: to be written to ``place``.
 
         Empty if there is nothing to write: zeroes that are there already, or so many that the file makes them.
         """
-        if start == end or (is_zeroed and self._reader.is_zero(run, start)):
+        if start == end:
             return NO_VECTOR
-        if self._reader.is_zero(run, start) and end - start > ZEROES_INLINE_MAX:
-            self._storage.zero(place, end - start)
-            return NO_VECTOR
+        parts = [(run, max(run.start, start), min(run.end, end)) for run in runs if run.start < end and start < run.end]
+        if all(self._reader.is_zero(run, first) for run, first, _ in parts):
+            if is_zeroed:
+                return NO_VECTOR
+            if end - start > ZEROES_INLINE_MAX:
+                self._data.zero(place, end - start)
+                return NO_VECTOR
         vector = self._allocate(end - start)
-        on_disk = min(end, self._reader.size) - start
-        if on_disk > 0:
-            self._reader.read_run(run, Request.read(start, vector.slice(0, on_disk)))
-        if on_disk < vector.length:
-            vector.slice(max(on_disk, 0), vector.length - max(on_disk, 0)).zero()
+        for run, first, stop in parts:
+            on_disk = max(min(stop, self._reader.size), first)
+            self._reader.read_run(run, Request.read(first, vector.slice(first - start, on_disk - first)))
+            vector.slice(on_disk - start, stop - on_disk).zero()
         return vector
-
-    def _links(self, pieces: list[Piece]) -> Iterator[tuple[int, array[int]]]:
-        """(guest cluster, L2 entries), within one L2 table each, that name the pieces."""
-        size, per_table = self._geometry.cluster_size, self._geometry.l2_entries
-        for piece in pieces:
-            first = piece.first
-            while first < piece.stop and not piece.in_place:
-                stop = min((first // per_table + 1) * per_table, piece.stop)
-                entry = COPIED | piece.place + (first - piece.first) * size
-                yield first, array("Q", range(entry, entry + (stop - first) * size, size))
-                first = stop
 
     # -- zero and trim ----------------------------------------------------------------------------------------------
 
     def zero(self, request: Request) -> None:
         """Make any range read as zeroes. MAY_UNMAP frees what it can; NO_FALLBACK raises ENOTSUP where zeroes would
         have to be written."""
-        for part in self._by_table(request):
+        for start, end in self._by_table(request.offset, request.end):
+            part = _part(request, start, end)
             self._relieve()
             with self._held(part):
-                first, stop = self.whole(part.offset, part.end)
-                self._zero_data(_part(part, part.offset, first))
-                self._zero_data(_part(part, stop, part.end))
+                first, stop = self.whole(start, end)
+                self._zero_data(_part(part, start, first))
+                self._zero_data(_part(part, stop, end))
                 self._zero_whole(_part(part, first, stop), unmap=bool(part.flags & Flag.MAY_UNMAP))
 
     def trim(self, request: Request) -> None:
-        """Free the whole clusters of a range; they read as zeroes then. Version 2 keeps what hides a backing file."""
-        for part in self._by_table(request):
+        """Free the whole clusters of a range; they read as zeroes then. Of the rest, the file's storage is given back
+        where it is. Version 2 keeps what hides a backing file."""
+        for start, end in self._by_table(request.offset, request.end):
+            part = _part(request, start, end)
             self._relieve()
             with self._held(part):
-                self._zero_whole(_part(part, *self.whole(part.offset, part.end)), unmap=True)
+                first, stop = self._aligned(*self.whole(start, end), self._geometry.cluster_size)
+                self._trim_in_place(start, first)
+                self._trim_in_place(stop, end)
+                self._zero_whole(_part(part, first, stop), unmap=True)
 
     def _zero_whole(self, part: Request, *, unmap: bool) -> None:
-        """Have L2 entries say that clusters are zero."""
-        if not part.length:
-            return
-        for run in self._mapping.runs(*self._span(part), ahead=False):
-            entries = self._zeroed(run, unmap=unmap)
-            if entries is not None:
+        """Have L2 entries say that whole subclusters are zero, as far as they can."""
+        for start, end, runs in self._groups(part.offset, part.end):
+            # The last cluster ends with the disk.
+            stop = self._geometry.clusters(end) * self._geometry.cluster_size if end == self._reader.size else end
+            is_part = bool((start | stop) % self._geometry.cluster_size)
+            if any(self._needs_data(run, is_part, unmap) for run in runs):
+                self._zero_data(_part(part, start, end))
+            elif any(
+                (unmap and not is_part and run.place is not None)
+                or not self._reader.is_zero(run, max(run.start, start))
+                for run in runs
+            ):
                 self._order.check()
                 with self._lock:
-                    self._mapping.replace(run.first, entries, discard=self._discard.request)
-                    self._announce(run.first, run.stop)
-            elif run.kind is Kind.NORMAL:
-                size = self._geometry.cluster_size
-                self._zero_data(_part(part, run.first * size, min(run.stop * size, part.end)))
+                    self._mapping.zero(start, stop, unmap=unmap, discard=self._discard.request)
+                    self._announce(start, stop)
 
-    def _zeroed(self, run: Run, *, unmap: bool) -> array[int] | None:
-        """The entries that make ``run`` zeroes; None if it is, or if there are none."""
-        if not self._geometry.has_zero:
-            is_freed = run.kind is Kind.COMPRESSED or (run.kind is Kind.NORMAL and unmap)
-            return array("Q", [0]) * (run.stop - run.first) if is_freed else None
-        if run.kind is Kind.NORMAL and not unmap:
-            size, first = self._geometry.cluster_size, run.entry | ZERO
-            return array("Q", range(first, first + (run.stop - run.first) * size, size))
-        if run.kind is Kind.ZERO_ALLOCATED:
-            is_zero = not unmap
-        else:
-            is_zero = self._reader.is_zero(run, run.first * self._geometry.cluster_size)
-        return None if is_zero else array("Q", [ZERO]) * (run.stop - run.first)
+    def _needs_data(self, run: Run, is_part: bool, unmap: bool) -> bool:
+        """Whether no entry can say that this is zero: part of a compressed cluster; in version 2, what is kept."""
+        if run.kind is Kind.COMPRESSED:
+            return is_part
+        return run.kind is Kind.NORMAL and not self._geometry.has_zero and not unmap
+
+    def _groups(self, start: int, end: int) -> Iterator[tuple[int, int, list[Run]]]:
+        """(first, last, runs): the bytes [start, end) by whole clusters, so far as they are. Each group is one run,
+        or those of one cluster."""
+        group: list[Run] = []
+        for run in self._mapping.runs(start, end, ahead=False):
+            if run.start < end and start < run.end:
+                group.append(run)
+            if group and run.end % self._geometry.cluster_size == 0:
+                yield max(group[0].start, start), min(group[-1].end, end), group
+                group = []
 
     def _zero_data(self, part: Request) -> None:
         """Zero bytes, in place or by writing zeroes."""
-        if not part.length:
+        flags = part.flags & (Flag.MAY_UNMAP | Flag.NO_FALLBACK)
+        if self._is_raw and part.length:  # what is allocated is there; all else shows zeroes already
+            finish(self._data.file.zero(Request.zero(part.offset, part.length, flags)))
             return
         for run, start, end in self._reader.spans(part.offset, part.length):
             if self._reader.is_zero(run, start):
                 continue
             if self.is_overwritable(run):
-                flags = part.flags & (Flag.MAY_UNMAP | Flag.NO_FALLBACK)
-                finish(self._storage.file.zero(Request.zero(self._reader.place(run, start), end - start, flags)))
-            elif part.flags & Flag.NO_FALLBACK:
+                finish(self._data.file.zero(Request.zero(self._reader.place(run, start), end - start, flags)))
+            elif flags & Flag.NO_FALLBACK:
                 raise RequestError(errno.ENOTSUP, "zeroes would have to be written here")
             else:
                 self._write_zeroes(start, end)
@@ -290,61 +336,56 @@ class Writer:
             self._write(Request.write(start, zeroes.slice(0, length)))
             start += length
 
+    def _trim_in_place(self, start: int, end: int) -> None:
+        if self._discard.request:
+            for run, first, stop in self._reader.spans(start, end - start):
+                if self.is_overwritable(run):
+                    place = self._reader.place(run, first)
+                    self._data.discard(place, place + stop - first)
+
     def make_empty(self) -> None:
         """Have the active state hold nothing. Each L2 entry is right by itself, whether its sector got out or not: it
         names what it did, or nothing."""
-        per_table, end = self._geometry.l2_entries, self._geometry.clusters(self._reader.size)
-        for first in range(0, end, per_table):
+        if self._is_raw:
+            raise RequestError(errno.ENOTSUP, "an external data file that is a raw image cannot be emptied")
+        for start, end in self._by_table(0, self._geometry.clusters(self._reader.size) * self._geometry.cluster_size):
             self._relieve()
-            count = min(per_table, end - first)
-            with self._clusters.exclusive(first, count):
-                for run in self._mapping.runs(first, first + count, ahead=False):
-                    if run.kind is not Kind.UNALLOCATED:
-                        self._unlink(run)
-
-    def _unlink(self, run: Run) -> None:
-        """Have L2 entries say that there is nothing."""
-        self._order.check()
-        with self._lock:
-            nothing = array("Q", [0]) * (run.stop - run.first)
-            self._mapping.replace(run.first, nothing, discard=self._discard.request)
-            self._announce(run.first, run.stop)
+            with self._clusters.exclusive(start, end - start):
+                for first, stop, runs in self._groups(start, end):
+                    if any(run.kind is not Kind.UNALLOCATED or run.place is not None for run in runs):
+                        self._order.check()
+                        with self._lock:
+                            self._mapping.unlink(first, stop, discard=self._discard.request)
+                            self._announce(first, stop)
 
     # -- common to all ----------------------------------------------------------------------------------------------
 
     def _relieve(self) -> None:
         """Write metadata back if too much waits for it. Before anything is held: a flush waits for others."""
-        if self._mapping.crowded or self.refcounts.crowded:
+        bared = self._data_file is not None and self._data_file.crowded
+        if bared or self._mapping.crowded or self.refcounts.crowded:
             self._order.flush()
 
     def _held(self, request: Request) -> AbstractContextManager[None]:
         """Hold the guest clusters of a request alone."""
-        first, stop = self._span(request)
-        return self._clusters.exclusive(first, stop - first)
+        start, end = self._geometry.span(request.offset, request.end)
+        return self._clusters.exclusive(start, end - start)
 
-    def _span(self, request: Request) -> tuple[int, int]:
-        """The guest clusters [first, stop) that a request touches."""
-        return request.offset // self._geometry.cluster_size, self._geometry.clusters(request.end)
+    def _by_table(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The bytes [start, end) in parts of one L2 table each, so that no part holds much, or for long."""
+        step = self._geometry.table_span
+        while start < end:
+            stop = min((start // step + 1) * step, end)
+            yield start, stop
+            start = stop
 
-    def _by_table(self, request: Request) -> Iterator[Request]:
-        """A request in parts of one L2 table each, so that no part holds much, or for long."""
-        step = self._geometry.cluster_size * self._geometry.l2_entries
-        start = request.offset
-        while start < request.end:
-            end = min((start // step + 1) * step, request.end)
-            yield _part(request, start, end)
-            start = end
-
-    def _announce(self, first: int, stop: int) -> None:
-        """Say that the guest clusters [first, stop) map to something else now. Under the metadata lock."""
-        start = first * self._geometry.cluster_size
-        self._changed(start, min(stop * self._geometry.cluster_size, self._reader.size) - start)
+    def _announce(self, start: int, end: int) -> None:
+        """Say that the bytes [start, end) of the disk map to something else now. Under the metadata lock."""
+        self._changed(start, min(end, self._reader.size) - start)
 
     def _is_in_place(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` are in the file, and not where metadata is."""
-        start, count = run.place // self._geometry.cluster_size, run.stop - run.first
-        is_in_file = (start + count) * self._geometry.cluster_size <= self._storage.size
-        return is_in_file and not self._occupied.overlaps(start, count)
+        return run.place is not None and self._host.has(run.place, run.end - run.start)
 
 
 def _part(request: Request, start: int, end: int) -> Request:
@@ -352,16 +393,17 @@ def _part(request: Request, start: int, end: int) -> Request:
     return request.slice(start - request.offset, end - start)
 
 
-def _merged(pieces: list[Piece], cluster_size: int) -> Iterator[Piece]:
+def _merged(pieces: list[Piece]) -> Iterator[Piece]:
     """The same pieces, those joined that one write can do."""
     last: Piece | None = None
     for piece in pieces:
         if (
             last is not None
             and last.in_place == piece.in_place
-            and last.place + (last.stop - last.first) * cluster_size == piece.place
+            and last.end == piece.start
+            and last.place + (last.end - last.start) == piece.place
         ):
-            last = last._replace(stop=piece.stop)
+            last = last._replace(end=piece.end)
             continue
         if last is not None:
             yield last

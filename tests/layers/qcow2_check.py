@@ -42,6 +42,11 @@ class Image:
         ) = struct.unpack_from(">IIQIIQIIQQIIQ", data)  # fmt: skip
         assert magic == 0x514649FB
         self.cluster = 1 << self.bits
+        features = struct.unpack_from(">Q", data, 72)[0] if self.version == 3 else 0
+        self.has_data_file, self.extended = bool(features & 4), bool(features & 16)
+        self.is_raw = self.version == 3 and bool(struct.unpack_from(">Q", data, 88)[0] & 2)
+        #: How many parts of a cluster have a state of their own.
+        self.parts = 32 if self.extended else 1
         self.refcount_bits = 1 << (struct.unpack_from(">I", data, 96)[0] if self.version == 3 else 4)
         self.clusters = -(-len(data) // self.cluster)
 
@@ -83,6 +88,16 @@ class Image:
             disk_size = struct.unpack_from(">Q", self.data, at + 48)[0] if extra >= 16 else self.size
             at += 40 + extra + id_size + name_size
             yield at, Snapshot(bytes(self.data[at - name_size : at]).decode(), offset, size, disk_size)
+
+    def entries(self, table: int) -> Iterator[tuple[int, int]]:
+        """(entry, subcluster bitmap) of all clusters of an L2 table; where images have no bitmaps, one of one bit."""
+        words = self.numbers(table, self.cluster // 8) if table else (0,) * (self.cluster // 8)
+        if self.extended:
+            yield from zip(words[::2], words[1::2], strict=True)
+            return
+        for entry in words:
+            is_stored = entry & PLACE or (self.has_data_file and entry & COPIED)
+            yield (entry, 0) if entry & COMPRESSED else (entry & ~1, 1 << 32 if entry & 1 else 1 if is_stored else 0)
 
     def compressed(self, entry: int) -> tuple[int, int]:
         shift = 62 - (self.bits - 8)
@@ -136,19 +151,26 @@ def check(data: bytes | bytearray) -> Report:
             refer(f"L2 table {index}", table, image.cluster)
             if active:
                 flag(f"L1 entry {index} {l1_entry:#x}", l1_entry)
-            for at, entry in enumerate(image.numbers(table, image.cluster // 8)):
-                name = f"L2 entry {index}.{at} {entry:#x}"
+            per_table = image.cluster // (16 if image.extended else 8)
+            for at, (entry, bitmap) in enumerate(image.entries(table)):
+                name = f"L2 entry {index}.{at} {entry:#x} {bitmap:#x}"
+                place = entry & PLACE
                 if entry & COMPRESSED:
                     refer(name, *image.compressed(entry))
-                    if entry & COPIED:
-                        report.errors.append(f"{name}: compressed and COPIED")
+                    if entry & COPIED or bitmap or image.has_data_file:
+                        report.errors.append(f"{name}: compressed and more")
                     continue
-                if entry & ~(PLACE | COPIED | 1) or (entry & PLACE and (entry & PLACE) % image.cluster):
+                if entry & ~(PLACE | COPIED) or place % image.cluster or bitmap >> 32 & bitmap:
                     report.errors.append(f"{name}: not an entry")
-                elif entry & PLACE:
-                    refer(name, entry & PLACE, image.cluster)
+                elif image.has_data_file:
+                    if entry and entry != COPIED | (index * per_table + at) * image.cluster:
+                        report.errors.append(f"{name}: not its place in the data file")
+                elif place:
+                    refer(name, place, image.cluster)
                     if active:
                         flag(name, entry)
+                if not entry and bitmap & 0xFFFFFFFF:
+                    report.errors.append(f"{name}: allocated nowhere")
     for cluster in range(max(len(counts), max(references) + 1)):
         found = counts[cluster] if cluster < len(counts) else 0
         if found < references[cluster]:
@@ -166,35 +188,37 @@ def snapshots(data: bytes | bytearray, backing: bytes = b"") -> dict[str, bytes]
     """What the disk was in each snapshot, by name."""
     image = Image(data)
     return {
-        each.name: _read(image, each.l1_offset, each.l1_size, each.disk_size, backing)
+        each.name: _read(image, each.l1_offset, each.l1_size, each.disk_size, backing, data)
         for _, each in image.snapshot_table()
     }
 
 
-def read(data: bytes | bytearray, backing: bytes = b"") -> bytes:
+def read(data: bytes | bytearray, backing: bytes = b"", data_file: bytes | bytearray | None = None) -> bytes:
     """The whole disk; compressed clusters are deflate."""
     image = Image(data)
-    return _read(image, image.l1_offset, image.l1_size, image.size, backing)
+    assert image.has_data_file == (data_file is not None)
+    guest = data if data_file is None else data_file
+    return _read(image, image.l1_offset, image.l1_size, image.size, backing, guest)
 
 
-def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes) -> bytes:
-    data = image.data
+def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes, guest: bytes | bytearray) -> bytes:
     below = backing[:size].ljust(size, b"\0")
     disk = bytearray()
-    per_table = image.cluster // 8
+    unit = image.cluster // image.parts
     for l1_entry in image.numbers(l1_offset, l1_size):
-        table = l1_entry & PLACE
-        for entry in image.numbers(table, per_table) if table else [0] * per_table:
+        for entry, bitmap in image.entries(l1_entry & PLACE):
             if len(disk) >= size:
                 break
-            place = entry & PLACE
             if entry & COMPRESSED:
                 offset, length = image.compressed(entry)
-                disk += zlib.decompressobj(-15).decompress(bytes(data[offset : offset + length]), image.cluster)
-            elif entry & 1:
-                disk += bytes(image.cluster)
-            elif place:
-                disk += bytes(data[place : place + image.cluster]).ljust(image.cluster, b"\0")
-            else:
-                disk += below[len(disk) : len(disk) + image.cluster].ljust(image.cluster, b"\0")
+                disk += zlib.decompressobj(-15).decompress(bytes(image.data[offset : offset + length]), image.cluster)
+                continue
+            for part in range(image.parts):
+                place = (entry & PLACE) + part * unit
+                if bitmap >> 32 + part & 1:
+                    disk += bytes(unit)
+                elif bitmap >> part & 1:
+                    disk += bytes(guest[place : place + unit]).ljust(unit, b"\0")
+                else:
+                    disk += below[len(disk) : len(disk) + unit].ljust(unit, b"\0")
     return bytes(disk[:size]).ljust(size, b"\0")

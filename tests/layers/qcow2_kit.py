@@ -5,15 +5,26 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from layers.qcow2 import Qcow2
 from nbdserver.layer import Layer
 from nbdserver.reference import Reference
 from nbdserver.request import Flag, Request
+from tests.serving import create
 
 SECTOR = 512
+
+#: Kinds of images that differ in how writing goes, as creation options (see `create_variant`).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"cluster_size": 4096},
+    "subclusters": {"cluster_size": 16384, "extended_l2": "on"},
+    "data file": {"cluster_size": 4096, "data_file": "beside"},
+    "data file, subclusters": {"cluster_size": 16384, "extended_l2": "on", "data_file": "beside"},
+    "raw data file": {"cluster_size": 4096, "data_file": "beside", "data_file_raw": "on"},
+}
 
 #: What discarded bytes look like: undefined, so not like anything.
 GARBAGE = 0xDB
@@ -26,6 +37,8 @@ class Operation(NamedTuple):
     offset: int
     data: bytes
     length: int
+    #: Which file it was done to, by its number.
+    file: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} {self.offset:#x}+{self.length:#x}"
@@ -33,13 +46,18 @@ class Operation(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class RecordedFile(Layer):
-    """A file in memory: every operation is logged when it has been done, and ``before`` is called ahead of it."""
+    """A file in memory: every operation is logged when it has been done, and ``before`` is called ahead of it.
+
+    ``_beside``: another file, whose log this one's operations go into as well, with the next number.
+    """
 
     data: bytearray
+    _beside: RecordedFile | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.log: list[Operation] = []
+        self.log: list[Operation] = [] if self._beside is None else self._beside.log
+        self.number = 0 if self._beside is None else self._beside.number + 1
         self.before: Callable[[Operation], None] = lambda operation: None
         self._lock = threading.Lock()
 
@@ -78,6 +96,7 @@ class RecordedFile(Layer):
         self._do(Operation("resize", size, b"", 0))
 
     def _do(self, operation: Operation) -> None:
+        operation = operation._replace(file=self.number)
         self.before(operation)
         with self._lock:
             apply(self.data, operation)
@@ -106,28 +125,38 @@ def apply(data: bytearray, operation: Operation, sectors: Callable[[int], bool] 
 def crash_states(
     initial: bytes, log: list[Operation], pick: random.Random, count: int
 ) -> Iterator[tuple[int, bytearray]]:
-    """(position, file): what a crash can leave that comes when all of ``log[:position]`` has begun.
+    """`crash_states_of` one file."""
+    return ((position, state) for position, (state,) in crash_states_of([initial], log, pick, count))
 
-    ``count`` prefixes (or all there are), and ``count`` states in which operations since the last sync are lost, or
-    torn by sectors: anywhere, but mostly just before a sync, when most can be.
+
+def crash_states_of(
+    initial: Sequence[bytes], log: list[Operation], pick: random.Random, count: int
+) -> Iterator[tuple[int, list[bytearray]]]:
+    """(position, files): what a crash can leave that comes when all of ``log[:position]`` has begun.
+
+    ``count`` prefixes (or all there are), and ``count`` states in which operations since the last sync of their file
+    are lost, or torn by sectors: anywhere, but mostly just before a sync, when most can be.
     """
     positions = [position for position in range(len(log) + 1) if position == 0 or log[position - 1].name in CHANGES]
     before_syncs = [position for position, operation in enumerate(log) if operation.name == "sync"]
     prefixes = pick.sample(positions, min(count, len(positions)))
     shuffled = [pick.choice(before_syncs if before_syncs and pick.random() < 0.8 else positions) for _ in range(count)]
     crashes = sorted([(position, True) for position in prefixes] + [(position, False) for position in shuffled])
-    durable, synced, at = bytearray(initial), 0, 0
+    durable, pending, at = [bytearray(data) for data in initial], list[Operation](), 0
     for position, is_prefix in crashes:
-        while at < position:
-            if log[at].name == "sync":
-                for operation in log[synced:at]:
-                    apply(durable, operation)
-                synced = at
-            at += 1
-        state = bytearray(durable)
-        for operation, sectors in _survivors(log[synced:position], pick, everything=is_prefix):
-            apply(state, operation, sectors)
-        yield position, state
+        for operation in log[at:position]:
+            if operation.name == "sync":
+                for earlier in pending:
+                    if earlier.file == operation.file:
+                        apply(durable[earlier.file], earlier)
+                pending = [earlier for earlier in pending if earlier.file != operation.file]
+            else:
+                pending.append(operation)
+        at = position
+        states = [bytearray(data) for data in durable]
+        for operation, sectors in _survivors(pending, pick, everything=is_prefix):
+            apply(states[operation.file], operation, sectors)
+        yield position, states
 
 
 def _survivors(
@@ -231,11 +260,26 @@ class Drive:
             self.disk.zero(start, length, self.pick.choice((Flag.NONE, Flag.MAY_UNMAP)))
         else:
             self.disk.trim(start, length)
+            data = self.disk.read(start, length)  # zeroes, except where the file is trimmed in place
         self.history.changed(start, data, began, self.file.mark(f"{kind} ended"))
         self.model[start : start + length] = data
 
 
-def open_recorded(data: bytes, **options: object) -> tuple[RecordedFile, Qcow2]:
-    """An image in memory, and a layer over it, not open yet."""
+def create_variant(path: Path, size: int, **options: Any) -> Path:
+    """`tests.serving.create`; ``data_file="beside"`` is a file beside the image."""
+    if options.get("data_file") == "beside":
+        options["data_file"] = data_beside(path)
+    return create(path, size, **options)
+
+
+def data_beside(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
+
+
+def open_recorded(data: bytes, data_file: bytes | None = None, **options: object) -> tuple[RecordedFile, Qcow2]:
+    """An image in memory, and a layer over it, not open yet. ``data_file``: what is in its external data file, which
+    is recorded along with it."""
     file = RecordedFile(bytearray(data))
+    if data_file is not None:
+        options["data_file"] = RecordedFile(bytearray(data_file), file)
     return file, Qcow2(file, **options)  # type: ignore[arg-type]

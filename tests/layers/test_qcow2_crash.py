@@ -15,7 +15,7 @@ import pytest
 from nbdserver.reference import open_stack
 from nbdserver.request import Flag
 from tests.layers.qcow2_check import check, read
-from tests.layers.qcow2_kit import SECTOR, Drive, History, crash_states, open_recorded, stamp
+from tests.layers.qcow2_kit import SECTOR, Drive, History, crash_states, crash_states_of, open_recorded, stamp
 from tests.serving import SEED, amount, create, qemu_io, run
 from tests.serving import check as qemu_check
 
@@ -37,6 +37,8 @@ class Scenario:
     backing: int = 0
     #: Compress the content of ``before``.
     compress: bool = False
+    #: Whether there is an external data file; "raw": that is to be a raw image.
+    data_file: bool | str = False
     layer: dict[str, object] = field(default_factory=dict)
     steps: int = 60
     states: int = 200
@@ -44,6 +46,9 @@ class Scenario:
     #: Whether the refcount table is relocated.
     grows: bool = False
 
+
+EXTENDED: dict[str, object] = {"extended_l2": "on"}
+BEFORE = ("write -P 1 0 40k", "write -P 2 64k 33k")
 
 SCENARIOS = [
     Scenario("small clusters", 512, 128 * KIB),
@@ -63,58 +68,72 @@ SCENARIOS = [
     Scenario("preallocated", 1024, 128 * KIB, {"preallocation": "metadata"}),
     Scenario("little cache", 512, 256 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
     Scenario("all discarded", 1024, 128 * KIB, layer={"pass_discard_other": True}),
+    Scenario("subclusters", 16 * KIB, 400 * KIB, EXTENDED, longest=3, states=100),
+    Scenario("subclusters, backing", 16 * KIB, 400 * KIB, EXTENDED, backing=299 * KIB + 512, longest=3, states=100),
+    Scenario("subclusters, snapshot", 16 * KIB, 256 * KIB, EXTENDED, BEFORE, snapshot=True, longest=3, states=100),
+    Scenario("subclusters, compressed", 16 * KIB, 256 * KIB, EXTENDED, BEFORE, compress=True, longest=3, states=100),
+    Scenario("data file", 1024, 128 * KIB, before=BEFORE, data_file=True),
+    Scenario("data file, backing file", 4096, 256 * KIB, backing=99 * KIB + 512, data_file=True),
+    Scenario("data file, subclusters", 16 * KIB, 256 * KIB, EXTENDED, BEFORE, data_file=True, longest=3, states=100),
+    Scenario("raw data file", 1024, 128 * KIB, before=(*BEFORE, "write -z 5k 20k"), data_file="raw"),
 ]  # fmt: skip
 
 
-def _make(scenario: Scenario, directory: Path, pick: random.Random) -> tuple[bytes, bytes]:
-    """The image file, and the content of its backing file."""
+def _make(scenario: Scenario, directory: Path, pick: random.Random) -> tuple[bytes, bytes, bytes | None]:
+    """The image file, the content of its backing file, and its external data file."""
     backing, below = None, b""
     if scenario.backing:
         backing, below = directory / "backing.raw", pick.randbytes(scenario.backing)
         backing.write_bytes(below)
-    path = create(
-        directory / "image", scenario.size, backing=backing, backing_format="raw",
-        cluster_size=scenario.cluster, **scenario.options,
-    )  # fmt: skip
+    options = {"cluster_size": scenario.cluster, **scenario.options}
+    if scenario.data_file:
+        options |= {"data_file": directory / "data", "data_file_raw": "on" if scenario.data_file == "raw" else "off"}
+    path = create(directory / "image", scenario.size, backing=backing, backing_format="raw", **options)
     if scenario.before:
         qemu_io(path, *scenario.before)
     if scenario.compress:
-        small = directory / "small"
-        run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"cluster_size={scenario.cluster}", path, small)
-        path = small
+        small, path = path, directory / "small"
+        words = ",".join(f"{key}={value}" for key, value in options.items())
+        run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", words, small, path)
     if scenario.snapshot:
         run("qemu-img", "snapshot", "-c", "before", path)
-    return path.read_bytes(), below
+    return path.read_bytes(), below, (directory / "data").read_bytes() if scenario.data_file else None
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_crash_states_are_sound_and_hold_what_was_flushed(scenario: Scenario, tmp_path: Path) -> None:
     pick = random.Random(f"{SEED} {scenario.name}")
-    initial, below = _make(scenario, tmp_path, pick)
-    content = read(initial, below)
-    file, layer = open_recorded(initial, backing=_backing(below), **scenario.layer)
+    initial, below, data_file = _make(scenario, tmp_path, pick)
+    content = read(initial, below, data_file)
+    file, layer = open_recorded(initial, data_file, backing=_backing(below), **scenario.layer)
+    initials = [initial] if data_file is None else [initial, data_file]
     with open_stack(layer) as disk:
+        ends = [file.data] if data_file is None else [file.data, layer.data_file.layer.data]  # type: ignore[union-attr]
         drive = Drive(file, disk, content, pick, scenario.cluster)
         for _ in range(scenario.steps):
             drive.step(longest=scenario.longest)
     assert not check(file.data).errors and not check(file.data).leaks, "after closing"
-    assert read(file.data, below) == drive.model
-    assert scenario.grows == any(o.name == "write" and o.offset == REFCOUNT_TABLE_AT for o in file.log)
+    assert read(ends[0], below, *ends[1:]) == drive.model
+    if scenario.data_file == "raw":
+        assert ends[1] == drive.model
+    assert scenario.grows == any(o.name == "write" and (o.file, o.offset) == (0, REFCOUNT_TABLE_AT) for o in file.log)
 
     states = amount(scenario.states, 20 * scenario.states)
-    for number, (position, state) in enumerate(crash_states(initial, file.log, pick, states)):
+    for number, (position, state) in enumerate(crash_states_of(initials, file.log, pick, states)):
         where = f"crash {number} before {position}: {[str(o) for o in file.log[max(position - 8, 0) : position]]}"
-        assert not check(state).errors, where
-        assert not drive.history.wrong(position, read(state, below)), where
+        assert not check(state[0]).errors, (check(state[0]).errors[:5], where)
+        assert not drive.history.wrong(position, read(state[0], below, *state[1:])), where
         if number % (states // 4) == 0:
-            _qemu_agrees(state, tmp_path / "state")
+            if data_file is not None:
+                (tmp_path / "data").write_bytes(state[1])
+            _qemu_agrees(state[0], tmp_path / "state")
 
 
 def test_crashes_under_several_threads(tmp_path: Path) -> None:
     """Each thread has sectors of its own, in clusters that they share."""
     scenario = Scenario("threads", 2048, 192 * KIB, {"refcount_bits": 64})
     pick = random.Random(SEED)
-    initial, _ = _make(scenario, tmp_path, pick)
+    initial, *_ = _make(scenario, tmp_path, pick)
     file, layer = open_recorded(initial)
     history = History(read(initial))
     errors: list[BaseException] = []
@@ -167,7 +186,7 @@ def _qemu_agrees(state: bytearray, path: Path) -> None:
 def test_snapshots_survive_crashes(tmp_path: Path) -> None:
     scenario = Scenario("s", 512, 96 * KIB, before=("write -P 1 0 96k",), snapshot=True)
     pick = random.Random(SEED)
-    initial, _ = _make(scenario, tmp_path, pick)
+    initial, *_ = _make(scenario, tmp_path, pick)
     file, layer = open_recorded(initial)
     with open_stack(layer) as disk:
         drive = Drive(file, disk, read(initial), pick, 512)

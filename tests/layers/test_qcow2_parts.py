@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layers.ondisk.qcow2 import COMPRESSED, COPIED, ZERO
+from layers.ondisk.qcow2 import ALLOCATED_ALL, COMPRESSED, COPIED, ZERO, ZERO_ALL
 from layers.qcow2 import freespace
 from layers.qcow2.cache import Cache, Table
 from layers.qcow2.clusters import BadEntry, Geometry, Kind
 from layers.qcow2.freespace import FreeRuns
+from layers.qcow2.intervals import common, counted, joined, without
 from layers.qcow2.occupied import Occupied
-from layers.qcow2.order import _common, _joined, counted
 from layers.qcow2.refcounts import _Width
 from tests.serving import SEED
 
@@ -115,37 +116,114 @@ def test_arithmetic_of_runs(some: list[tuple[int, int]], others: list[tuple[int,
     def clusters(runs: list[tuple[int, int]]) -> set[int]:
         return {cluster for start, stop in runs for cluster in range(start, stop)}
 
-    assert clusters(list(_joined(some))) == clusters(some)
-    assert clusters(list(_common(_joined(some), _joined(others)))) == clusters(some) & clusters(others)
+    assert clusters(list(joined(some))) == clusters(some)
+    assert clusters(list(common(joined(some), joined(others)))) == clusters(some) & clusters(others)
+    assert clusters(list(without(joined(some), joined(others)))) == clusters(some) - clusters(others)
     found = {cluster: times for start, stop, times in counted(some) for cluster in range(start, stop)}
     assert found == {c: sum(start <= c < stop for start, stop in some) for c in clusters(some)}
 
 
-@given(st.integers(0, (1 << 64) - 1), st.integers(9, 21), st.booleans())
-def test_every_entry_is_something_or_refused(entry: int, cluster_bits: int, has_zero: bool) -> None:
-    geometry = Geometry(cluster_bits, 4, has_zero=has_zero)
+@given(st.integers(0, (1 << 64) - 1), st.integers(9, 21), st.booleans(), st.booleans())
+def test_every_entry_is_something_or_refused(
+    entry: int, cluster_bits: int, has_zero: bool, has_data_file: bool
+) -> None:
+    geometry = Geometry(cluster_bits, 4, has_zero=has_zero, has_data_file=has_data_file)
     try:
-        kind = geometry.kind(entry)
+        (run,) = geometry.runs(array("Q", [entry]), 5, True)
     except BadEntry:
         return
-    assert (kind is Kind.COMPRESSED) == bool(entry & COMPRESSED)
-    if kind is Kind.COMPRESSED:
+    assert (run.start, run.end) == (5 << cluster_bits, 6 << cluster_bits)
+    assert (run.kind is Kind.COMPRESSED) == bool(entry & COMPRESSED)
+    if run.kind is Kind.COMPRESSED:
         offset, length = geometry.compressed(entry)
         assert 0 < length <= 2 * geometry.cluster_size and offset < 1 << 56
     else:
-        assert (kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)) == bool(entry & ZERO)
+        assert (run.kind is Kind.ZERO) == bool(entry & ZERO)
+        assert run.place is None or not has_data_file or run.place == run.start
+
+
+def _starts(geometry: Geometry, words: list[int], cluster: int = 0) -> list[int]:
+    runs = list(geometry.runs(array("Q", words), cluster, True))
+    assert all(before.end == after.start for before, after in pairwise(runs))
+    assert runs[-1].end == (cluster + len(words) // geometry.entry_words) * geometry.cluster_size
+    return [run.start // geometry.subcluster_size for run in runs]
 
 
 def test_runs_of_entries() -> None:
     geometry = Geometry(12, 4, has_zero=True)
-    entries = array(
-        "Q", [0, 0, ZERO, COPIED | 0x5000, COPIED | 0x6000, 0x7000, COPIED | 0x9000, COMPRESSED, COMPRESSED]
-    )
-    starts, at = [], 0
-    while at < len(entries):
-        starts.append(at)
-        at += geometry.run_length(entries, at)
-    assert starts == [0, 2, 3, 5, 6, 7, 8]
+    entries = [0, 0, ZERO, COPIED | 0x5000, COPIED | 0x6000, 0x7000, COPIED | 0x9000, COMPRESSED, COMPRESSED]
+    assert _starts(geometry, entries) == [0, 2, 3, 5, 6, 7, 8]
+
+
+def test_runs_of_extended_entries() -> None:
+    geometry = Geometry(14, 4, has_zero=True, extended=True)
+    words = [
+        *(0, 0), *(0, 0), *(0, ZERO_ALL), *(COMPRESSED, 0),
+        *(COPIED | 0x4000, ALLOCATED_ALL), *(COPIED | 0x8000, ALLOCATED_ALL), *(COPIED | 0xC000, 0b110 | 1 << 35),
+        *(COPIED | 0x10000, ZERO_ALL), *(COPIED | 0x14000, ZERO_ALL), *(COPIED | 0x1C000, ZERO_ALL),
+    ]  # fmt: skip
+    mixed = 6 * 32
+    assert _starts(geometry, words) == [0, 64, 96, 128, mixed, mixed + 1, mixed + 3, mixed + 4, 224, 288]
+
+
+def test_the_first_cluster_of_a_data_file_is_at_0() -> None:
+    geometry = Geometry(16, 4, has_zero=True, has_data_file=True)
+    assert _starts(geometry, [COPIED, COPIED | 0x10000, COPIED | 0x20000, 0]) == [0, 3]
+    run, *_ = geometry.runs(array("Q", [COPIED]), 0, True)
+    assert (run.kind, run.place, run.copied) == (Kind.NORMAL, 0, True)
+    with pytest.raises(BadEntry, match="external data file"):
+        list(geometry.runs(array("Q", [COPIED]), 1, True))
+
+
+STATES = st.lists(st.sampled_from(["unallocated", "zero", "normal"]), min_size=64, max_size=64)
+
+
+def _extended(states: list[str], places: list[int]) -> array[int]:
+    words = []
+    for index, place in enumerate(places):
+        part = states[index * 32 : (index + 1) * 32]
+        allocated = sum(1 << at for at, state in enumerate(part) if state == "normal")
+        zero = sum(1 << 32 + at for at, state in enumerate(part) if state == "zero")
+        words += [COPIED | place if place else 0, allocated | zero if place else zero]
+    return array("Q", words)
+
+
+def _states(geometry: Geometry, words: array[int]) -> list[str]:
+    return [
+        run.kind.value
+        for run in geometry.runs(words, 0, True)
+        for _ in range((run.end - run.start) // geometry.subcluster_size)
+    ]
+
+
+@given(STATES, st.sampled_from([(0, 0), (0x4000, 0x8000), (0x4000, 0)]), st.integers(0, 63), st.integers(1, 64))
+def test_subclusters_that_are_linked_and_zeroed(states: list[str], places: tuple[int, int], at: int, to: int) -> None:
+    """Against lists of words for each subcluster."""
+    geometry = Geometry(14, 4, has_zero=True, extended=True)
+    at = min(at, to - 1)
+    words = _extended(states, list(places))
+    states = [
+        state if places[index // 32] or state != "normal" else "unallocated" for index, state in enumerate(states)
+    ]
+    assert _states(geometry, words) == states
+    touched = slice(at // 32 * 2, -(-to // 32) * 2)
+
+    def changed(part: array[int]) -> array[int]:
+        return words[: touched.start] + part + words[touched.stop :]
+
+    start, end = at * 512, to * 512
+    zeroed = changed(geometry.zeroed(words[touched], start, end, unmap=False))
+    assert _states(geometry, zeroed) == states[:at] + ["zero"] * (to - at) + states[to:]
+    assert list(zeroed[::2]) == list(words[::2])
+    freed = changed(geometry.zeroed(words[touched], start, end, unmap=True))
+    assert _states(geometry, freed) == _states(geometry, zeroed)
+    for index in range(2):
+        is_whole = at <= index * 32 and to >= (index + 1) * 32
+        assert freed[2 * index] == (0 if is_whole else words[2 * index])
+    if places != (0x4000, 0):  # kept, or new: both clusters continue each other
+        place = (places[0] or 0x4000) + start
+        linked = changed(geometry.linked(words[touched], start, end, place))
+        assert _states(geometry, linked) == states[:at] + ["normal"] * (to - at) + states[to:]
 
 
 def test_a_cache_keeps_what_has_changed_and_drops_what_was_used_least() -> None:

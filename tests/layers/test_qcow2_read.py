@@ -19,6 +19,7 @@ from nbdserver.extent import CODE, ZERO, Extent, Intent
 from nbdserver.graph import Graph
 from nbdserver.layer import STATE_HOLE, STATE_ZERO
 from nbdserver.reference import Reference, open_stack
+from tests.layers.qcow2_kit import create_variant
 from tests.serving import SEED, amount, content, create, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -33,6 +34,11 @@ FORMATS: list[dict[str, object]] = [
     {"refcount_bits": 1},
     {"refcount_bits": 64},
     {"preallocation": "metadata"},
+    {"extended_l2": "on"},
+    {"extended_l2": "on", "preallocation": "metadata"},
+    {"data_file": "beside"},
+    {"data_file": "beside", "extended_l2": "on"},
+    {"data_file": "beside", "data_file_raw": "on"},
 ]
 
 
@@ -72,14 +78,16 @@ def _agrees(disk: Reference, path: Path) -> None:
 @pytest.mark.parametrize("options", FORMATS, ids=lambda options: " ".join(map(str, options.values())) or "default")
 @pytest.mark.parametrize(("cluster", "size"), SIZES)
 def test_images_read_as_qemu_reads_them(cluster: int, size: int, options: dict[str, Any], tmp_path: Path) -> None:
-    path = create(tmp_path / "image", size, cluster_size=cluster, **options)
+    if "extended_l2" in options:
+        cluster = max(cluster, 16 * KIB)
+    path = create_variant(tmp_path / "image", size, cluster_size=cluster, **options)
     _patch(
         path,
         size,
         cluster,
         f"{cluster} {options}",
         zero="compat" not in options,
-        compress="preallocation" not in options,
+        compress=options.keys().isdisjoint({"preallocation", "data_file"}),
     )
     with open_stack(Qcow2(File(str(path))), read_only=True) as disk:
         assert disk.size == size

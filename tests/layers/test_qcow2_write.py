@@ -20,7 +20,7 @@ from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag
 from tests.layers.qcow2_check import Image
 from tests.layers.qcow2_check import check as own_check
-from tests.layers.qcow2_kit import Operation, open_recorded
+from tests.layers.qcow2_kit import VARIANTS, Operation, create_variant, data_beside, open_recorded
 from tests.serving import SEED, amount, check, content, create, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -36,6 +36,11 @@ MATRIX: list[tuple[int, int, dict[str, Any]]] = [
     (65536, 16 * MIB, {"compression_type": "zstd", "refcount_bits": 32}),
     (2 * MIB, 24 * MIB, {}),
     (2 * MIB, 24 * MIB + 512, {"preallocation": "falloc", "refcount_bits": 4}),
+    (16 * KIB, 4 * MIB + 512, {"extended_l2": "on"}),
+    (2 * MIB, 24 * MIB, {"extended_l2": "on", "preallocation": "metadata"}),
+    (512, 1 * MIB, {"data_file": "beside"}),
+    (65536, 16 * MIB + 512, {"data_file": "beside", "extended_l2": "on"}),
+    (4096, 4 * MIB, {"data_file": "beside", "data_file_raw": "on"}),
 ]
 
 MATRIX_IDS = [f"{cluster} {' '.join(map(str, options.values()))}" for cluster, _, options in MATRIX]
@@ -83,7 +88,7 @@ class Model:
 
 @pytest.mark.parametrize(("cluster", "size", "options"), MATRIX, ids=MATRIX_IDS)
 def test_random_requests(cluster: int, size: int, options: dict[str, Any], tmp_path: Path) -> None:
-    path = create(tmp_path / "image", size, cluster_size=cluster, **options)
+    path = create_variant(tmp_path / "image", size, cluster_size=cluster, **options)
     pick = random.Random(f"{SEED} {cluster} {options}")
     for _ in range(2):
         with open_stack(_opened(path)) as disk:
@@ -93,6 +98,8 @@ def test_random_requests(cluster: int, size: int, options: dict[str, Any], tmp_p
             assert disk.read(0, size) == model.bytes
         check(path)
         assert content(path) == model.bytes
+        if "data_file_raw" in options:
+            assert data_beside(path).read_bytes() == model.bytes
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -133,9 +140,12 @@ def test_internal_snapshots_keep_what_they_had(tmp_path: Path) -> None:
         check(path)
 
 
-def test_taking_turns_with_qemu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"cluster_size": 512, "refcount_bits": 64}, *VARIANTS.values()], ids=["many refcount blocks", *VARIANTS]
+)
+def test_taking_turns_with_qemu(options: dict[str, Any], tmp_path: Path) -> None:
     size, pick = 2 * MIB, random.Random(SEED)
-    path = create(tmp_path / "image", size, cluster_size=512, refcount_bits=64)
+    path = create_variant(tmp_path / "image", size, **options)
     for turn in range(amount(6, 50)):
         with open_stack(_opened(path)) as disk:
             model = Model(disk, content(path) if turn else bytes(size))
@@ -151,16 +161,17 @@ def test_taking_turns_with_qemu(tmp_path: Path) -> None:
         check(path)
 
 
-@pytest.mark.parametrize("cluster", [512, 65536])
+@pytest.mark.parametrize("kind", ["small", "large", "subclusters", "data file", "raw data file"])
 @pytest.mark.parametrize("backing", [False, True])
-def test_several_threads(cluster: int, backing: bool, tmp_path: Path) -> None:
+def test_several_threads(kind: str, backing: bool, tmp_path: Path) -> None:
     """Each has its own bytes, but they share clusters: thread n has every fourth part, 1,000 bytes long or so."""
     size, parts = 2 * MIB + 512, 500
     base = None
-    if backing:
+    if backing and kind != "raw data file":
         base = create(tmp_path / "base", size)
         qemu_io(base, "write -P 9 0 2M")
-    path = create(tmp_path / "image", size, backing=base, cluster_size=cluster)
+    options = {"small": {"cluster_size": 512}, "large": {}, **VARIANTS}[kind]
+    path = create_variant(tmp_path / "image", size, backing=base, **options)
     expected = bytearray(content(path))
     edges = [size * part // parts for part in range(parts + 1)]
     errors: list[BaseException] = []
@@ -197,10 +208,12 @@ def test_several_threads(cluster: int, backing: bool, tmp_path: Path) -> None:
     assert content(path) == expected
 
 
-def test_threads_that_free_and_allocate_whole_clusters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_threads_that_free_and_allocate_whole_clusters(options: dict[str, Any], tmp_path: Path) -> None:
     """Freed clusters are reused by others at once: nobody may see what is not theirs."""
-    size, cluster = 1 * MIB, 4096
-    path = create(tmp_path / "image", size, cluster_size=cluster)
+    cluster = int(options["cluster_size"])
+    size = 256 * cluster
+    path = create_variant(tmp_path / "image", size, **options)
     errors: list[BaseException] = []
 
     def work(number: int) -> None:
