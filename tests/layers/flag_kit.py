@@ -73,7 +73,7 @@ class Growing(Spy):
 
     def read(self, request: Request) -> None:
         super().read(request)
-        if any(frame.function in ("pread", "pwrite") for frame in inspect.stack(0)[1:6]):
+        if any(frame.function in ("pread", "pwrite") for frame in inspect.stack(0)[1:12]):
             self.seen.pop()
             self.metadata_count += 1
 
