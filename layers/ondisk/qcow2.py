@@ -56,6 +56,7 @@ REFCOUNT_TABLE_AT: Final = 48
 SNAPSHOTS_AT: Final = 60
 AUTOCLEAR_AT: Final = 88
 COMPRESSION_TYPE_AT: Final = 104
+INCOMPATIBLE_AT: Final = 72
 
 BACKING_NAME_FIELD: Final = struct.Struct(">Q")
 #: ``size``, ``crypt_method``, ``l1_size`` and ``l1_table_offset``, which change together.
@@ -65,6 +66,7 @@ SNAPSHOTS_FIELDS: Final = struct.Struct(">IQ")
 #: And ``refcount_table_offset`` and ``refcount_table_clusters``.
 REFCOUNT_TABLE_FIELDS: Final = struct.Struct(">QI")
 AUTOCLEAR_FIELD: Final = struct.Struct(">Q")
+INCOMPATIBLE_FIELD: Final = struct.Struct(">Q")
 
 CRYPT_METHODS: Final = {1: "AES", 2: "LUKS"}
 
@@ -151,3 +153,32 @@ SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_FIELD: Final = struct.Struct(">Q")
 ICOUNT_NONE: Final = (1 << 64) - 1
+
+# -- Bitmaps -----------------------------------------------------------------------------------------------------------
+
+
+class BitmapEntryFields(NamedTuple):
+    """The fixed part of a bitmap directory entry; extra data and name follow, padded to 8 bytes."""
+
+    table_offset: int
+    table_size: int
+    flags: int
+    type: int
+    granularity_bits: int
+    name_size: int
+    extra_data_size: int
+
+
+#: The header extension: number of bitmaps, reserved, size and offset of the bitmap directory.
+BITMAPS_FIELDS: Final = struct.Struct(">IIQQ")
+BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
+BITMAP_TYPE_DIRTY: Final = 1
+BITMAP_IN_USE: Final = 1 << 0
+BITMAP_AUTO: Final = 1 << 1
+BITMAP_TABLE_RESERVED: Final = 0xFF00_0000_0000_01FE
+BITMAP_ALL_ONES: Final = 1
+
+# -- Encryption --------------------------------------------------------------------------------------------------------
+
+#: The header extension: offset and length of the encryption header.
+ENCRYPTION_FIELDS: Final = struct.Struct(">QQ")

@@ -13,6 +13,26 @@ Reading and writing in place need nothing of this package once an extent is know
 allocate, zeroing and trimming, ends in a change of the tables in memory, which a flush brings into the file.
 
 ================ ============================================================================
+`layer`          the layer: resolve, read, status
+`writing`        write, zero, trim: what to allocate, copy, link
+`order`          the order of writes that makes a crash at any instant harmless: read it first
+`mapping`        L1 and L2 tables             `clusters`    what an L2 entry says
+`refcounts`      refcounts and allocation     `freespace`   free clusters behind the cursor
+`cache`          tables in memory             `occupied`    the overlap check
+`header`         what is read and refused     `survey`      checks before the first write
+`storage`        the image file               `host`        host clusters, there or in a data file
+`compression`    decompressing                `intervals`   sets of numbers as runs
+`snapshots`      made, applied, deleted       `points`      what it takes to pass a point in time
+`snapshot_table` the table of them            `references`  what L2 tables refer to
+`head`           the header's fields that change at points in time
+`create`         new images                   `compose`     the first cluster, put together
+`extensions`     header extensions, changed   `measure`     how large an image would be
+`check`          what is wrong with an image  `repair`      and mending it
+`census`         all that names clusters      `places`      of this, what is not mapping
+`tally`          counting it                  `subject`     the image that is checked
+`findings`       what has been found
+================ ============================================================================
+
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:
 encryption, unknown incompatible features; for writing also the dirty and corrupt bits, and persistent bitmaps, which
 would silently become worthless.

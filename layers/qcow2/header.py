@@ -84,6 +84,7 @@ class Header:
     compression: int
     crypt_method: int = 0
     incompatible: int = 0
+    compatible: int = 0
     autoclear: int = 0
     backing_name: str | None = None
     backing_format: str | None = None
@@ -101,9 +102,13 @@ class Header:
         return bool(self.autoclear & AUTOCLEAR_DATA_FILE_RAW)
 
 
-def read_header(file: Layer) -> Header:
-    """Read and check the header of the image in ``file``. Raises ImageError, OSError."""
-    return _Parser(file).parse()
+def read_header(file: Layer, *, checking: bool = False) -> Header:
+    """Read and check the header of the image in ``file``. Raises ImageError, OSError.
+
+    ``checking``: for those who check or describe the image, and not use it: its tables may be where nothing is, and
+    guest data where it cannot be had.
+    """
+    return _Parser(file, checking).parse()
 
 
 def check_writable(header: Header, path: str | None) -> None:
@@ -131,8 +136,8 @@ def check_writable(header: Header, path: str | None) -> None:
 
 
 class _Parser:
-    def __init__(self, file: Layer) -> None:
-        self._file = file
+    def __init__(self, file: Layer, checking: bool) -> None:
+        self._file, self._checking = file, checking
         self._path = file.filename
         self._file_size = file.size
         self._head = file.pread(0, min(HEADER.size + HEADER3.size + 8, self._file_size))
@@ -168,6 +173,7 @@ class _Parser:
             compression=self._compression(fields, fields3),
             crypt_method=fields.crypt_method,
             incompatible=fields3.incompatible_features,
+            compatible=fields3.compatible_features,
             autoclear=fields3.autoclear_features,
             backing_name=backing_name,
             backing_format=backing_format,
@@ -256,7 +262,7 @@ class _Parser:
         )
 
     def _check_encryption(self, fields: HeaderFields) -> None:
-        if fields.crypt_method:
+        if fields.crypt_method and not self._checking:
             method = CRYPT_METHODS.get(fields.crypt_method, f"method {fields.crypt_method}")
             self._refuse(f"is encrypted ({method}), which is not supported")
 
@@ -281,7 +287,7 @@ class _Parser:
             self._refuse("l1_size", 36, fields.l1_size, wanted)
         self._check_place("L1 table", 40, fields.l1_table_offset, fields.l1_size * 8, geometry)
         clusters_max = REFCOUNT_TABLE_MAX // geometry.cluster_size
-        if not 1 <= fields.refcount_table_clusters <= clusters_max:
+        if not (0 if self._checking else 1) <= fields.refcount_table_clusters <= clusters_max:
             self._refuse("refcount_table_clusters", 56, fields.refcount_table_clusters, f"1 to {clusters_max}")
         length = fields.refcount_table_clusters * geometry.cluster_size
         self._check_place("refcount table", 48, fields.refcount_table_offset, length, geometry)
@@ -292,11 +298,11 @@ class _Parser:
     def _check_place(self, what: str, at: int, offset: int, length: int, geometry: Geometry) -> None:
         if not length:
             return
-        if not offset or offset % geometry.cluster_size:
+        if offset % geometry.cluster_size or not (offset or self._checking):
             self._refuse(f"{what}: its place", at, f"{offset:#x}", f"a multiple of {geometry.cluster_size}, not 0")
         # The last cluster of a file may be cut off behind what it is used for.
         end = -(-self._file_size // geometry.cluster_size) * geometry.cluster_size
-        if offset > end - length:
+        if offset > (DISK_MAX if self._checking else end) - length:
             found = f"{offset:#x} to {offset + length:#x}"
             self._refuse(f"{what}: its place", at, found, f"within the file, which ends at {self._file_size:#x}")
 

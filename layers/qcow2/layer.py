@@ -24,6 +24,7 @@ from layers.qcow2.order import Order
 from layers.qcow2.points import Image
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.repair import check
 from layers.qcow2.snapshot_table import read_table
 from layers.qcow2.snapshots import Snapshots
 from layers.qcow2.storage import Storage
@@ -31,7 +32,7 @@ from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
-from nbdserver.format import MapEntry, Measure, Progress, Snapshot, no_progress
+from nbdserver.format import ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
 from nbdserver.graph import attach, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
@@ -95,6 +96,13 @@ class Qcow2(Layer):
     def measure(cls, size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
         """How large would the file be (see `nbdserver.format.Creates`)?"""
         return measure(size, options, allocated)
+
+    @classmethod
+    def check(
+        cls, file: Layer, *, repair: Repair = Repair.NONE, opener: Opener, progress: Progress = no_progress
+    ) -> ImageCheck:
+        """Check the image in ``file``, and mend what ``repair`` allows (see `nbdserver.format.Checks`)."""
+        return check(reach(file), repair, progress)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

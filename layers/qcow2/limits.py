@@ -71,3 +71,26 @@ BITMAPS_KEPT_MAX: Final = 1024
 
 #: An external data file is discarded in pieces of this, each of which is left for later if a request is at work in it.
 DISCARD_PIECE: Final = 16 * MIB
+
+#: Clusters of the file that a check counts references to at once, in two bytes each; larger files are gone over again
+#: for each further such range. That is 4 TiB at 64 KiB clusters.
+CHECKED_COUNT: Final = 1 << 26
+
+#: The most clusters of a file that can be checked: as QEMU, which counts them in an int. 128 TiB at 64 KiB clusters.
+CHECKED_COUNT_MAX: Final = (1 << 31) - 1
+
+#: Refcount blocks that a check keeps for looking up single refcounts.
+CHECKED_BLOCKS_COUNT: Final = 64
+
+#: Findings of a check that are told in words. Nobody reads more.
+FINDINGS_COUNT_MAX: Final = 1000
+
+#: QEMU's QCOW2_MAX_BITMAPS, QCOW2_MAX_BITMAP_DIRECTORY_SIZE, and its bounds on a bitmap's table, its size in bytes,
+#: its granularity and the length of its name.
+BITMAPS_COUNT_MAX: Final = 65535
+BITMAP_DIRECTORY_MAX: Final = 64 * MIB
+BITMAP_TABLE_COUNT_MAX: Final = 0x8000000
+BITMAP_MAX: Final = 0x20000000
+BITMAP_GRANULARITY_BITS_MIN: Final = 9
+BITMAP_GRANULARITY_BITS_MAX: Final = 31
+BITMAP_NAME_MAX: Final = 1023
