@@ -78,6 +78,7 @@ class CopyBeforeWrite(Layer):
     #: What is copied at once, a power of two; at least 64K. Best no less than the target's own clusters.
     min_cluster_size: Size = 0
 
+    is_filter: ClassVar[bool] = True
     supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",

@@ -35,6 +35,7 @@ class CopyOnRead(Layer):
     #: The image, with its chain of backing files.
     file: Layer
 
+    is_filter: ClassVar[bool] = True
     supported_read_flags: ClassVar[Flag] = Flag.COPY_ON_READ | Flag.PREFETCH
     supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(

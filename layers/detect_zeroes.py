@@ -27,6 +27,7 @@ class DetectZeroes(Layer):
     #: "on" finds zeroes, "unmap" also lets the storage they had be given back, "off" maps everything straight through.
     detect_zeroes: Literal["off", "on", "unmap"] = "on"
 
+    is_filter: ClassVar[bool] = True
     supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",

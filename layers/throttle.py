@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent, Limit, Meter, MeterLimits, Size
@@ -45,6 +46,8 @@ class Throttle(Layer):
     iops_write_max_length: int = 1
     #: A request longer than this counts as several (0: never).
     iops_size: Size = 0
+
+    is_filter: ClassVar[bool] = True
 
     def open(self, opener: Opener) -> None:
         for group in ("bps", "iops"):

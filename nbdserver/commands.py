@@ -11,10 +11,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from nbdserver import config, explain
+from nbdserver import explain
 from nbdserver.control import Command, CommandError
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Size
+from nbdserver.jobs import Jobs
 from nbdserver.offers import Removal
 from nbdserver.service import Service
 
@@ -38,6 +39,15 @@ class Commands:
             "block-export-del": self.block_export_del,
             "block_resize": self.block_resize,
             "disconnect": self.disconnect,
+            "filter-add": self.filter_add,
+            "filter-remove": self.filter_remove,
+            "query-jobs": self.query_jobs,
+            "job-pause": self.job_pause,
+            "job-resume": self.job_resume,
+            "job-cancel": self.job_cancel,
+            "job-complete": self.job_complete,
+            "job-dismiss": self.job_dismiss,
+            "block-job-set-speed": self.block_job_set_speed,
             "quit": self.quit,
         }
 
@@ -88,8 +98,7 @@ class Commands:
     ) -> dict[str, Any]:
         keys = {"image": image, "format": format, "layers": layers, "read_only": read_only, "description": description}
         values = {key: value for key, value in keys.items() if value is not None}
-        wanted = config.one_export(name, values, os.path.join(self._directory, directory or ""))
-        export = self._service.add(wanted)
+        export = self._service.add(name, values, os.path.join(self._directory, directory or ""))
         return {"name": export.name, "size": export.info.size, "read_only": export.info.read_only}
 
     def block_export_del(self, name: str, mode: Literal["safe", "hard", "drain"] = "safe") -> dict[str, Any]:
@@ -102,6 +111,48 @@ class Commands:
     def disconnect(self, client: int) -> dict[str, Any]:
         self._service.server.disconnect(client)
         return {}
+
+    def filter_add(self, export: str, filter: dict, directory: str | None = None) -> dict[str, Any]:  # type: ignore[type-arg]
+        self._service.add_filter(export, filter, os.path.join(self._directory, directory or ""))
+        return {}
+
+    def filter_remove(self, export: str) -> dict[str, Any]:
+        return {"type": self._service.remove_filter(export)}
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _jobs(self) -> Jobs:
+        return self._service.server.jobs
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        return [job.describe() for job in self._jobs.all]
+
+    def job_pause(self, id: str) -> dict[str, Any]:
+        self._jobs.get(id).pause()
+        return {}
+
+    def job_resume(self, id: str) -> dict[str, Any]:
+        self._jobs.get(id).resume()
+        return {}
+
+    def job_cancel(self, id: str) -> dict[str, Any]:
+        self._jobs.get(id).cancel()
+        return {}
+
+    def job_complete(self, id: str) -> dict[str, Any]:
+        self._jobs.get(id).complete()
+        return {}
+
+    def job_dismiss(self, id: str) -> dict[str, Any]:
+        self._jobs.dismiss(id)
+        return {}
+
+    def block_job_set_speed(self, id: str, speed: Size) -> dict[str, Any]:
+        self._jobs.get(id).set_speed(speed)
+        return {}
+
+    # -- the end ---------------------------------------------------------------------------------------------------
 
     def quit(self) -> dict[str, Any]:
         self._service.quit()

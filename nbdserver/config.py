@@ -256,12 +256,22 @@ def of_images(paths: Sequence[str], *, format: str | None = None, read_only: boo
     return Config(tuple(exports.values()))
 
 
-def one_export(name: str, values: Mapping[str, object], directory: str) -> ExportConfig:
-    """The export that a table [exports.NAME] with these values means, in a configuration in ``directory``. Raises
-    ConfigError."""
-    where = Where(None, f"exports.{_toml_key(name)}")
+def one_export(
+    name: str, values: Mapping[str, object], directory: str, built: Mapping[str, Layer] | None = None
+) -> tuple[ExportConfig, Layer, bool]:
+    """The export that a table [exports.NAME] with these values means, in a configuration in ``directory``, and what
+    `ExportConfig.build` gives. ``built``: the nodes that it may name. Raises ConfigError, ImageError."""
+    where = Where(os.path.join(directory, ""), f"exports.{_toml_key(name)}")
     _check_string(name, where, "the export's name")
-    return _export(name, _Table(values, where, EXPORT_KEYS), directory, {})
+    nodes = {node: NodeConfig(()) for node in built or {}}
+    wanted = _export(name, _Table(values, where, EXPORT_KEYS), directory, nodes)
+    return wanted, *wanted.build(dict(built or {}))
+
+
+def layer_over(below: Layer, values: object, directory: str) -> Layer:
+    """The layer, not open, that a table {type = ...} means, standing on ``below``; paths are relative to ``directory``.
+    Raises ConfigError."""
+    return _Stacks(directory, {}, {}).over(below, values, Where(None, "layer"))
 
 
 def _read(path: str) -> dict[str, object]:
@@ -341,7 +351,9 @@ def _exports(tables: Mapping[str, object], file: str, nodes: Mapping[str, NodeCo
     for name, values in tables.items():
         where = Where(file, f"exports.{_toml_key(name)}")
         _check_string(name, where, "the export's name")
-        yield _export(name, _Table(values, where, EXPORT_KEYS), os.path.dirname(file), nodes)
+        export = _export(name, _Table(values, where, EXPORT_KEYS), os.path.dirname(file), nodes)
+        _check_buildable(export)
+        yield export
 
 
 def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeConfig]) -> ExportConfig:
@@ -354,7 +366,7 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         table.refuse("format", 'goes with image; in layers it is the layer\'s type, as in {type = "qcow2"}')
     description = table.text("description") or ""
     _check_string(description, table.where, "its description")
-    export = ExportConfig(
+    return ExportConfig(
         name,
         image if image is None else os.path.join(directory, image),
         format,
@@ -366,8 +378,6 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         table.where,
         nodes,
     )
-    _check_buildable(export)
-    return export
 
 
 def _check_buildable(export: ExportConfig) -> None:
@@ -460,6 +470,10 @@ class _Stacks:
     def build(self, layers: Sequence[object], where: Where) -> Layer:
         """The top layer of an export's or a node's ``layers``. Raises ConfigError."""
         return self._stack(layers, Where(where.file, f"{where.table}.layers"), 1)
+
+    def over(self, below: Layer, item: object, where: Where) -> Layer:
+        """One layer, standing on ``below``."""
+        return self._layer(item, [below], where, 1)
 
     def _stack(self, layers: object, where: Where, depth: int) -> Layer:
         """The top layer of a list; ``depth`` counts the lists it lies in."""

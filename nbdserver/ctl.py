@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -20,6 +22,9 @@ from nbdserver.errors import ConfigError
 
 #: Where the server's configuration is, if nothing else says which server is meant.
 CONFIG_DEFAULT: Final = "exports.toml"
+
+#: Seconds between two looks at a job that is waited for.
+JOB_POLL_S: Final = 0.2
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -220,7 +225,15 @@ def add(
     description: str | None,
     as_json: bool,
 ) -> None:
-    """Serve one more export: IMAGE, or layers, as NAME. A reload does not touch it."""
+    """Serve one more export: IMAGE, or layers, as NAME. A reload does not touch it.
+
+    Its layers may stand on those of an export that is served: {node = "@vm"}. So a disk that is being written can be
+    backed up as it is now:
+
+    \b
+      nbdserver ctl filter add vm '{type = "copy-before-write", target = [{type = "memory", size = "20G"}]}'
+      nbdserver ctl add vm-now --layers '[{type = "snapshot-access"}, {node = "@vm"}]'
+    """
     answer = session.execute(
         "block-export-add",
         name=name,
@@ -277,6 +290,113 @@ def resize(session: Session, export: str, size: int, as_json: bool) -> None:
     """Give the disk of EXPORT another size. Clients see it when they connect again."""
     answer = session.execute("block_resize", export=export, size=size)
     _print(answer, as_json, lambda: iter((f"{export!r}: {size} bytes",)))
+
+
+# -- filters -------------------------------------------------------------------------------------------------------
+
+
+@ctl.group("filter")
+def filter_() -> None:
+    """Put filters above the layers of an export, and take them away, while clients are connected."""
+
+
+@filter_.command("add")
+@click.argument("export")
+@click.argument("table", metavar="TOML")
+@_json
+@click.pass_obj
+def filter_add(session: Session, export: str, table: str, as_json: bool) -> None:
+    """Put a filter above EXPORT, as a configuration has it: '{type = "throttle", bps_total = "10M"}'."""
+    answer = session.execute("filter-add", export=export, filter=toml_value(table, "TOML"), directory=os.getcwd())
+    _print(answer, as_json, lambda: iter(()))
+
+
+@filter_.command("remove")
+@click.argument("export")
+@_json
+@click.pass_obj
+def filter_remove(session: Session, export: str, as_json: bool) -> None:
+    """Take the topmost layer of EXPORT away, which must be a filter."""
+    answer = session.execute("filter-remove", export=export)
+    _print(answer, as_json, lambda: iter((f"removed: {answer['type']}",)))
+
+
+# -- jobs ----------------------------------------------------------------------------------------------------------
+
+
+@ctl.command()
+@_json
+@click.pass_obj
+def jobs(session: Session, as_json: bool) -> None:
+    """List the jobs, and how far they are."""
+    answer = session.execute("query-jobs")
+    _print({"jobs": answer}, as_json, lambda: _tables(_job_table(answer)))
+
+
+def _job_table(jobs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [("JOB", "TYPE", "STATUS", "DONE", "OF", "SPEED", "ERROR")]
+    for job in jobs:
+        counts = (str(job[key]) for key in ("current-progress", "total-progress", "speed"))
+        table.append((job["id"], job["type"], job["status"], *counts, job.get("error", "")))
+    return table
+
+
+@ctl.command("job-wait")
+@click.argument("job_id", metavar="JOB")
+@_json
+@click.pass_obj
+def job_wait(session: Session, job_id: str, as_json: bool) -> None:
+    """Wait until JOB has concluded (or is ready), with a progress bar. Exit status 1 if it has failed."""
+    job = _job(session, job_id)
+    with click.progressbar(length=1, label=job_id, file=sys.stderr, hidden=as_json) as bar:
+        while job["status"] not in ("concluded", "ready"):
+            _show(bar, job)
+            time.sleep(JOB_POLL_S)
+            job = _job(session, job_id)
+        _show(bar, job)
+    _print(job, as_json, lambda: _tables(_job_table([job])))
+    if "error" in job:
+        raise click.exceptions.Exit(1)
+
+
+def _job(session: Session, id: str) -> dict[str, Any]:
+    for job in session.execute("query-jobs"):
+        if job["id"] == id:
+            return dict(job)
+    raise ConfigError(f"there is no job {id!r}")
+
+
+def _show(bar: Any, job: dict[str, Any]) -> None:
+    bar.length = max(job["total-progress"], 1)
+    bar.update(job["current-progress"] - bar.pos)
+
+
+def _job_command(name: str, help: str) -> None:
+    """A command that names a job, and nothing else."""
+
+    @ctl.command(name, help=help)
+    @click.argument("job_id", metavar="JOB")
+    @_json
+    @click.pass_obj
+    def command(session: Session, job_id: str, as_json: bool) -> None:
+        _print(session.execute(name, id=job_id), as_json, lambda: iter(()))
+
+
+_job_command("job-pause", "Have JOB wait.")
+_job_command("job-resume", "Have JOB go on.")
+_job_command("job-cancel", "Have JOB end without having done its work.")
+_job_command("job-complete", "Have JOB, which is ready, come to its end.")
+_job_command("job-dismiss", "Forget JOB, which has concluded.")
+
+
+@ctl.command("job-set-speed")
+@click.argument("job_id", metavar="JOB")
+@click.argument("speed", type=_SizeType())
+@_json
+@click.pass_obj
+def job_set_speed(session: Session, job_id: str, speed: int, as_json: bool) -> None:
+    """Have JOB do SPEED bytes a second at most; 0: as many as it can."""
+    _print(session.execute("block-job-set-speed", id=job_id, speed=speed), as_json, lambda: iter(()))
 
 
 @ctl.command("quit")

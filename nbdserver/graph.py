@@ -417,6 +417,26 @@ class Graph:
             self._edges.setdefault(child, []).append(edge)
         _set_role(parent, role, edge)
 
+    def replace(self, old: Layer, new: Layer) -> None:
+        """Make ``new`` the child of all whose child ``old`` is, but for those that are ``new`` or below it: so a layer
+        is put in above another (``new`` stands on ``old``), or taken out again.
+
+        Both are open; ``old`` loses these users, and is closed with the last. In a drained section of all that reach
+        either. Raises what closing raises.
+        """
+        below = {layer for _, layer in walk(new)}
+        with self._lock:
+            edges = [edge for edge in self._edges.get(old, ()) if edge._parent not in below]
+            for edge in edges:
+                self._edges[old].remove(edge)
+                self._edges.setdefault(new, []).append(edge)
+                edge._layer = new
+            self._users[new] += len(edges)
+        for edge in edges:
+            self.changed(edge._parent, 0, edge._parent.size)
+        for _ in edges:
+            self.close(old)
+
     def _part(self, edge: Child) -> None:
         with self._lock:
             self._edges[edge.layer].remove(edge)

@@ -177,6 +177,9 @@ class Layer:
     #: above it, dropped or refused, as `nbdserver.flags` says; REGISTERED_BUF is exempt and always passed on.
     supported_read_flags: ClassVar[Flag] = Flag.NONE
     supported_write_flags: ClassVar[Flag] = Flag.NONE
+    #: Whether it shows the bytes of its ``file`` child, each at its own offset, so that it can be put above a layer
+    #: that is in use, and taken away again.
+    is_filter: ClassVar[bool] = False
     #: What its code does with a request's memory.
     buffers: ClassVar[Buffers] = Buffers()
 

@@ -136,6 +136,10 @@ DRAIN_TIMEOUT: Final = 60.0
 #: Connections the kernel queues before they are accepted.
 CONNECTIONS_BACKLOG: Final = 128
 
+#: Jobs at once, each of which has a thread; and concluded ones that are remembered until they are dismissed.
+JOBS_COUNT_MAX: Final = 64
+JOBS_CONCLUDED_COUNT_MAX: Final = 64
+
 #: The control socket: the longest line, as a long list of layers; connections at once, each of which has a thread;
 #: seconds that a reply may take to be read. As a client of it: the longest reply, as thousands of exports with clients.
 CONTROL_LINE_MAX: Final = 64 * KIB

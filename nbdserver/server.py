@@ -30,6 +30,7 @@ from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLim
 from nbdserver.files import FileOpener, Files, block_limits
 from nbdserver.graph import Graph, Leaf, execute, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, StartTls, TlsMode
+from nbdserver.jobs import Jobs
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import (
     DISK_MAX,
@@ -152,10 +153,19 @@ class Export:
     """One export: a layer graph, and the engine's cache of where its bytes live."""
 
     def __init__(
-        self, name: str, root: Layer, info: ExportInfo, engine_export: _engine.Export, effects: Effects
+        self,
+        name: str,
+        root: Layer,
+        info: ExportInfo,
+        engine_export: _engine.Export,
+        *,
+        effects: Effects,
+        graph: Graph,
     ) -> None:
+        """``root`` is open in ``graph``, and this is a user of it."""
         self.name, self.root, self.info, self.engine_export = name, root, info, engine_export
-        self._effects = effects
+        self._effects, self._graph = effects, graph
+        self._unsubscribe = graph.subscribe(root, engine_export.changed)
         #: See `offers.Offered`.
         self.clients: set[Client] = set()
         self.is_leaving = self.is_ending = False
@@ -193,6 +203,32 @@ class Export:
         """The root has another size, in a drained section: clients learn of it when they connect again."""
         self.engine_export.size = self.root.size
         self.info = dataclasses.replace(self.info, size=self.root.size)
+
+    def replace_root(self, root: Layer) -> None:
+        """Serve ``root``, which is open, from now on: in a drained section. Everything that is cached is dropped.
+
+        The export becomes a user of it, and lets the old one go, which may close that. Clients stay; a new size they
+        see when they connect again. Raises ConfigError, with nothing changed, if a disk that is written could not be
+        any more; and what closing raises.
+        """
+        assert self.engine_export.is_draining, "not in a drained section"
+        if root.read_only and not self.info.read_only:
+            raise ConfigError(f"export {self.name!r} is writable, but {root.type} is not")
+        is_open = self._graph.share(root)
+        assert is_open, f"{root.type} is not open"
+        self._unsubscribe()
+        old, self.root = self.root, root
+        self._unsubscribe = self._graph.subscribe(root, self.engine_export.changed)
+        self.engine_export.changed(0, DISK_MAX)
+        self.engine_export.writethrough = root.writethrough
+        self.info = dataclasses.replace(self.info, preferred_block=preferred_block(root))
+        self.resized()
+        self._graph.close(old)
+
+    def close(self) -> None:
+        """Let the layers go. No request runs, and none will. Raises what closing raises."""
+        self._unsubscribe()
+        self._graph.close(self.root)
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -303,6 +339,10 @@ class Export:
         return {**self.engine_export.counters(), "layers": layers, "files": files}
 
 
+def preferred_block(root: Layer) -> int:
+    return blocks.preferred(below for _, below in walk(root))
+
+
 def _tls_context(tls: TlsConfig) -> _engine.TlsContext | None:
     """What connections begin TLS with, if they do. ConfigError."""
     if tls.mode is TlsMode.OFF:
@@ -376,8 +416,7 @@ class Server:
         self._supplies = Supplies(self._engine)
         self._files = Files(self._supplies.open_file)
         self._lock = threading.Lock()
-        #: Held by who opens, closes or joins layers, and for the time of drained sections: see `drained`.
-        self.structure = threading.RLock()
+        self._structure = threading.RLock()
         self._offers: Offers[Export] = Offers()
         #: The exports that take clients, by name. Read only.
         self.exports: Mapping[str, Export] = self._offers.exports
@@ -392,6 +431,8 @@ class Server:
         self.listeners: list[Listener] = []
         #: Is told of exports that have ended after their last client.
         self.on_end: Callable[[Export], None] = lambda export: None
+        #: Long work on its exports.
+        self.jobs = Jobs()
         self._stopping = threading.Event()
         self._stopped = threading.Event()
 
@@ -413,7 +454,7 @@ class Server:
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
-        with self.structure:
+        with self.changing():
             self._offers.check_free(name, default)
             export = self.open(
                 name, layer, read_only=read_only, description=description, tls_required=tls_required, roots=roots
@@ -436,7 +477,7 @@ class Server:
         roots: Sequence[str | os.PathLike[str]] | None = None,
     ) -> Export:
         """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
-        with self.structure:
+        with self.changing():
             if self._stopping.is_set():
                 raise ConfigError("the server is stopping")
             self._graph.open(layer, self._opener(read_only, self._roots if roots is None else roots))
@@ -448,19 +489,50 @@ class Server:
                     size=layer.size,
                     read_only=read_only,
                     tls_required=tls_required,
-                    preferred_block=blocks.preferred(below for _, below in walk(layer)),
+                    preferred_block=preferred_block(layer),
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
-                export = Export(name, layer, info, engine_export, self._effects)
+                export = Export(name, layer, info, engine_export, effects=self._effects, graph=self._graph)
             except BaseException:
                 self._graph.close(layer)
                 raise
-            self._graph.subscribe(layer, engine_export.changed)
             self._by_id[engine_export.id] = export
             return export
 
     def is_open(self, layer: Layer) -> bool:
         return self._graph.is_open(layer)
+
+    @contextlib.contextmanager
+    def opened_layers(
+        self, layer: Layer, *, read_only: bool = False, roots: Sequence[str | os.PathLike[str]] | None = None
+    ) -> Iterator[Layer]:
+        """``layer`` and everything below it, open for the time of the block, and longer if it has users by then: for
+        `Export.replace_root` and `replace`. Raises ImageError, ConfigError."""
+        with self.changing():
+            self._graph.open(layer, self._opener(read_only, self._roots if roots is None else roots))
+            try:
+                yield layer
+            finally:
+                self._graph.close(layer)
+
+    def replace(self, old: Layer, new: Layer) -> None:
+        """Put ``new``, which is open, in the place of ``old``: under all layers that stand on it, but for those that
+        are ``new`` or below it, and as the root of exports. So a layer is put in above another, or taken out again,
+        with all who are connected.
+
+        Not from within a request. Raises ConfigError, with nothing changed, if a disk that is written could not be any
+        more; TimeoutError when requests will not end; and what closing ``old`` raises, should that be its end.
+        """
+        with self.drained(old) as exports:
+            roots = [export for export in exports if export.root is old]
+            for export in exports:
+                if new.read_only and not old.read_only and not export.info.read_only:
+                    raise ConfigError(f"export {export.name!r} is writable, but {new.type} is not")
+            for export in roots:
+                export.replace_root(new)
+            self._graph.replace(old, new)
+            for export in exports:
+                export.resized()
 
     def _opener(self, read_only: bool, roots: Sequence[str | os.PathLike[str]]) -> FileOpener:
         return FileOpener(
@@ -508,8 +580,8 @@ class Server:
         try:
             while not export.engine_export.drain_begin(DRAIN_TIMEOUT):
                 self._log(f"export {export.name!r} cannot end: its requests have been running for {DRAIN_TIMEOUT} s")
-            with self.structure:
-                self._graph.close(export.root)
+            with self.changing():
+                export.close()
         finally:
             self._by_id.pop(export.engine_export.id, None)
             self._offers.forget(export)
@@ -538,15 +610,29 @@ class Server:
 
     @contextlib.contextmanager
     def drained(self, layer: Layer, timeout: float = DRAIN_TIMEOUT) -> Iterator[list[Export]]:
-        """A drained section of every export that reaches ``layer``: those. Nobody opens or closes layers meanwhile.
+        """A drained section of every export and job that reaches ``layer``; gives those exports. Nobody opens or closes
+        layers meanwhile. Nests; a job may call it, and is not held itself.
 
         Not from within a request. Raises TimeoutError when requests will not end.
         """
-        with self.structure, contextlib.ExitStack() as sections:
+        with contextlib.ExitStack() as sections:
+            sections.enter_context(self.changing())
             exports = [export for export in self.opened if any(found is layer for _, found in walk(export.root))]
+            layers = {below for export in exports for _, below in walk(export.root)} | {layer}
+            sections.enter_context(self.jobs.held(layers, timeout))
             for export in exports:
                 sections.enter_context(export.drained(timeout))
             yield exports
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Be alone among those who open, close or join layers. Nests."""
+        with self.jobs.waiting():
+            self._structure.acquire()
+        try:
+            yield
+        finally:
+            self._structure.release()
 
     def _named(self, name: str) -> Export:
         export = self.exports.get(name)
@@ -642,6 +728,10 @@ class Server:
             if self._stopping.is_set():
                 return
             self._stopping.set()
+        try:
+            self.jobs.stop()
+        except TimeoutError as error:
+            self._log(str(error))
         self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
         for thread in (*self._threads, *self._enders):
             thread.join()
@@ -651,7 +741,7 @@ class Server:
             self._offers.leave(client)
         self._clients.clear()
         try:
-            with self.structure, contextlib.ExitStack() as closing:
+            with self.changing(), contextlib.ExitStack() as closing:
                 for export in self._offers.take_all():
                     closing.callback(self.end, export)
         finally:

@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbdserver import listening, uri
-from nbdserver.config import Config, Disks, ExportConfig
+from nbdserver.config import Config, Disks, ExportConfig, layer_over, one_export
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.explain import trial
 from nbdserver.files import BusyError
-from nbdserver.graph import walk
+from nbdserver.graph import Child, walk
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
@@ -181,7 +181,7 @@ class Service:
             wanted = self._reread()
             plan = _Plan(self._config, wanted, self._configured)
             self._check_names(plan)
-            with self.server.structure, contextlib.ExitStack() as undo:
+            with self.server.changing(), contextlib.ExitStack() as undo:
                 bound = self._bind(wanted, undo)
                 nodes = {name: layer for name, layer in self._nodes.items() if plan.keeps(name)}
                 opened = self._open_all(plan, nodes, undo)
@@ -318,7 +318,7 @@ class Service:
     def _open_one(self, configured: Configured) -> None:
         wanted = configured.config
         try:
-            with self.server.structure:
+            with self.server.changing():
                 export = self._open(self._config, wanted, self._nodes)
                 self.server.change(add=[export], default=wanted.name if wanted.default else KEEP)
         except BusyError as busy:
@@ -337,12 +337,17 @@ class Service:
 
     # -- while running ---------------------------------------------------------------------------------------------
 
-    def add(self, wanted: ExportConfig) -> Export:
-        """Serve one more export, which no reload touches. Raises ConfigError, ImageError; nothing has changed then."""
-        with self._lock:
-            if wanted.name in self._configured:
-                raise ConfigError(f"there is an export {wanted.name!r} in the configuration")
-            layer, read_only = wanted.build()
+    def add(self, name: str, values: Mapping[str, object], directory: str) -> Export:
+        """Serve one more export, as a table [exports.NAME] in a configuration in ``directory`` describes it; no reload
+        touches it. Its layers may stand on those of another export: {node = "@NAME"}.
+
+        Raises ConfigError, ImageError; nothing has changed then.
+        """
+        with self._lock, self.server.changing():
+            if name in self._configured:
+                raise ConfigError(f"there is an export {name!r} in the configuration")
+            there = {f"@{other}": export.root for other, export in self.server.exports.items()}
+            wanted, layer, read_only = one_export(name, values, directory, there)
             self._say_probed(wanted, read_only)
             return self.server.export(wanted.name, layer, roots=self._config.roots, **self._options(wanted, read_only))
 
@@ -357,6 +362,45 @@ class Service:
         """`Server.resize`."""
         with self._lock:
             self.server.resize(name, size)
+
+    def add_filter(self, name: str, values: object, directory: str) -> None:
+        """Put the filter that a table {type = ...} means above the layers of an export, with all who are connected.
+        Raises ConfigError, ImageError, TimeoutError, with nothing changed."""
+        with self._drained_alone(name) as export:
+            layer = layer_over(export.root, values, directory)
+            if not layer.is_filter:
+                raise ConfigError(f"the layer {layer.type!r} is no filter", key="type")
+            read_only = export.info.read_only
+            with self.server.opened_layers(layer, read_only=read_only, roots=self._config.roots):
+                if layer.size != export.root.size:
+                    raise ConfigError(f"{layer.type} has {layer.size} bytes, and the export {export.root.size}")
+                export.replace_root(layer)
+
+    def remove_filter(self, name: str) -> str:
+        """Take the topmost layer of an export away, which is a filter, with all who are connected; its type. Raises
+        ConfigError, TimeoutError, with nothing changed; and what closing it raises."""
+        with self._drained_alone(name) as export:
+            layer = export.root
+            if not layer.is_filter:
+                raise ConfigError(f"the topmost layer of export {name!r} is {layer.type}, which is no filter")
+            below = dict(layer.children())["file"]
+            assert isinstance(below, Child)
+            export.replace_root(below.layer)
+            return layer.type
+
+    @contextlib.contextmanager
+    def _drained_alone(self, name: str) -> Iterator[Export]:
+        """The export, in a drained section. Raises ConfigError if others stand on its topmost layer: what they did
+        would pass a filter by."""
+        with self._lock, self.server.changing():
+            export = self.server.exports.get(name)
+            if export is None:
+                raise ConfigError(f"there is no export {name!r}")
+            with self.server.drained(export.root) as exports:
+                for other in exports:
+                    if other is not export:
+                        raise ConfigError(f"export {other.name!r} stands on the topmost layer of {name!r}, too")
+                yield export
 
     def quit(self) -> None:
         """Have whoever runs this service stop it."""

@@ -23,7 +23,7 @@ from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.limits import CONTROL_CONNECTIONS_COUNT_MAX, CONTROL_LINE_MAX
 from nbdserver.testing import NbdServers, ServerProcess
 from tests.interop.wire import READ, WRITE, Wire
-from tests.serving import create, eventually, run_json
+from tests.serving import create, eventually, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
 SOON = 20.0
@@ -444,6 +444,68 @@ def test_exports_are_added_and_removed(controlled: Controlled, tmp_path: Path) -
     assert controlled.run("remove", "part", "--hard").stdout == "'part' has ended\n"
     assert client.rest() == b""
     assert "there is no export 'part'" in controlled.refused("remove", "part")
+
+
+def test_a_filter_is_put_in_and_taken_out_with_a_client_connected(controlled: Controlled) -> None:
+    client = controlled.connect("disk")
+
+    def layers() -> list[str]:
+        (disk,) = [row for row in controlled.told("list")["exports"] if row["name"] == "disk"]
+        return [layer["type"] for layer in disk["layers"]]
+
+    assert controlled.run("filter", "add", "disk", '{type = "throttle", iops_total = 5}').exit_code == 0
+    assert layers() == ["throttle", "raw", "file"]
+    begin = time.monotonic()
+    for _ in range(8):
+        client.request(READ, 0, 512)
+        assert client.reply() == (0, 0)
+        client.receive(512)
+    assert time.monotonic() - begin > 1
+    assert controlled.run("filter", "remove", "disk").stdout == "removed: throttle\n"
+    assert layers() == ["raw", "file"]
+    begin = time.monotonic()
+    for _ in range(8):
+        client.request(READ, 0, 512)
+        assert client.reply() == (0, 0)
+        client.receive(512)
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("add", "none", '{type = "throttle"}'), "there is no export 'none'"),
+        (("add", "vm", '{type = "qcow2"}'), "type: the layer 'qcow2' is no filter"),
+        (("add", "vm", '{type = "throttle", speed = 5}'), "[layer]: speed: the layer 'throttle' has no such key"),
+        (("add", "vm", '{type = "throttle", bps_total_max = 5}'), "bps_total: bps_total_max needs bps_total"),
+        (("add", "vm", '{type = "throttle", file = [{type = "memory"}]}'), "[layer]: file: is given by its key and"),
+        (("add", "vm", "{}"), "[layer]: type: missing"),
+        (("remove", "vm"), "the topmost layer of export 'vm' is qcow2, which is no filter"),
+    ],
+)
+def test_what_is_no_filter_changes_nothing(controlled: Controlled, words: tuple[str, ...], told: str) -> None:
+    before = controlled.told("list")
+    assert controlled.refused("filter", *words).startswith(f"nbdserver: {told}")
+    assert controlled.told("list") == before
+
+
+def test_a_disk_that_is_written_is_backed_up_as_it_was(controlled: Controlled, tmp_path: Path) -> None:
+    client = controlled.connect("disk")
+    target = f'target = [{{type = "memory", size = {MIB}}}]'
+    controlled.run("filter", "add", "disk", f'{{type = "copy-before-write", {target}}}')
+    now = '[{type = "snapshot-access"}, {node = "@disk"}]'
+    assert controlled.run("add", "now", "--layers", now).stdout == "'now': 1048576 bytes, read-only\n"
+    client.request(WRITE, 4096, 4096, data=b"n" * 4096)
+    assert client.reply() == (0, 0)
+    run("nbdcopy", controlled.server.uri("now"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"d" * MIB
+    assert "export 'now' stands on the topmost layer of 'disk'" in controlled.refused("filter", "remove", "disk")
+    assert 'node: found "@none"' in controlled.refused("add", "x", "--layers", '[{node = "@none"}]')
+    assert controlled.run("remove", "now").exit_code == 0
+    assert controlled.run("filter", "remove", "disk").exit_code == 0
+    client.request(READ, 4096, 4096)
+    assert client.reply() == (0, 0)
+    assert client.receive(4096) == b"n" * 4096
 
 
 def test_quit_finishes_what_was_accepted(controlled: Controlled) -> None:

@@ -459,16 +459,14 @@ def test_a_new_node_that_could_not_be_opened_leaves_nothing_behind(deployment: D
 
 
 def test_what_was_added_while_running_is_left_alone(deployment: Deployment) -> None:
-    from nbdserver.config import one_export
-
     deployment.start(A)
-    added = deployment.service.add(one_export("b", {"image": "b.raw", "format": "raw"}, str(deployment.directory)))
+    added = deployment.service.add("b", {"image": "b.raw", "format": "raw"}, str(deployment.directory))
     deployment.reload(A + C)
     assert deployment.service.server.exports["b"] is added
     with pytest.raises(ConfigError, match=r"\[exports.b\]: there is an export 'b' already, which was added"):
         deployment.reload(A + B)
     with pytest.raises(ConfigError, match="'a' in the configuration"):
-        deployment.service.add(one_export("a", {"image": "d.raw", "format": "raw"}, str(deployment.directory)))
+        deployment.service.add("a", {"image": "d.raw", "format": "raw"}, str(deployment.directory))
 
 
 def test_what_was_removed_while_running_comes_back(deployment: Deployment) -> None:
