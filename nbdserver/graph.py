@@ -516,6 +516,20 @@ def attach(parent: Layer, role: str, child: Layer) -> None:
     graph.attach(parent, role, child)
 
 
+def open_child(parent: Layer, role: str, child: Layer, opener: Opener) -> None:
+    """Open ``child`` and make it a child of ``parent``: for layers that a layer makes as it opens. Raises ImageError,
+    ConfigError."""
+    graph = parent._listener
+    assert isinstance(graph, Graph), "open_child is for layers that a graph is opening"
+    graph.open(child, opener)
+    graph.attach(parent, role, child)
+
+
+def bare(layer: Layer) -> Layer:
+    """The layer itself, if ``layer`` is an edge to it: to have it as a child of another layer, too."""
+    return layer.layer if isinstance(layer, Child) else layer
+
+
 def reach(layer: Layer) -> Layer:
     """``layer``, which is open, as something that requests can be made of: for code that is no parent of it."""
     return layer if isinstance(layer, Child) else Child(layer, "file", layer)

@@ -25,15 +25,15 @@ from layers.qcow2.points import Image
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
 from layers.qcow2.repair import check
-from layers.qcow2.snapshot_table import read_table
-from layers.qcow2.snapshots import Snapshots
+from layers.qcow2.snapshot_table import Entry, find, read_table
+from layers.qcow2.snapshots import Snapshots, shown
 from layers.qcow2.storage import Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
 from nbdserver.format import ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
-from nbdserver.graph import attach, reach
+from nbdserver.graph import attach, bare, reach
 from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
@@ -47,6 +47,8 @@ class Qcow2(Layer):
     backing: Layer | Literal[False] | None = None
     #: Where guest data is, if the image has an external data file. By default what the image names.
     data_file: Layer | None = None
+    #: Show this internal snapshot (its ID, or else its name) rather than the disk, read-only.
+    snapshot: str | None = None
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
     l2_cache_size: Size = L2_CACHE_DEFAULT
     refcount_cache_size: Size = REFCOUNT_CACHE_DEFAULT
@@ -73,6 +75,10 @@ class Qcow2(Layer):
         self._reader: Reader | None = None
         self._writer: Writer | None = None
         self._snapshots: Snapshots | None = None
+        #: If a snapshot is shown of an image that is being written: that image's, and what they keep for us.
+        self._live: Snapshots | None = None
+        self._held: Entry | None = None
+        self._header: Header | None = None
         self._is_preallocated: bool | None = None
 
     # -- making images ----------------------------------------------------------------------------------------------
@@ -107,15 +113,21 @@ class Qcow2(Layer):
     # -- life -------------------------------------------------------------------------------------------------------
 
     def open(self, opener: Opener) -> None:
-        self._header = header = read_header(self.file)
+        self._header = header = self._header or read_header(self.file)
         if self.backing is None and header.backing_name is not None:
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
         storage = data = Storage(self.file, header.geometry.cluster_size)
-        is_read_only = opener.read_only or self.file.read_only
+        is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
         self._open_data_file(header, opener, is_read_only)
         if self.data_file is not None:
             data = Storage(self.data_file, header.geometry.cluster_size)
+        if self.snapshot is not None:
+            if header.geometry.has_data_file:
+                raise ConfigError(
+                    f"{self.filename} has an external data file, so can have no snapshots", key="snapshot"
+                )
+            header = shown(storage, header, self._entry(storage, header, self.snapshot))
         if is_read_only or data.file.read_only:
             mapping = Mapping(storage, header, self.l2_cache_size, self._lock)
             self._reader = Reader(storage, data, header, mapping, self._lock, self.backing or None)
@@ -196,11 +208,32 @@ class Qcow2(Layer):
             runs=lambda start, end: self.reader.mapping.runs(start, end, ahead=False),
         )
 
+    def _entry(self, storage: Storage, header: Header, id_or_name: str) -> Entry:
+        """The snapshot to show. Raises ConfigError, ImageError, OSError."""
+        if self._live is not None:
+            entries = self._live.entries
+            self._held = entry = self._live.hold(id_or_name)
+        else:
+            entries, _ = read_table(storage, header.snapshots_offset, header.snapshots_count)
+            entry = find(entries, id_or_name)
+        if entry is None:
+            known = ", ".join(repr(known.name) for known in entries) or "none"
+            raise ConfigError(f"{self.filename} has no snapshot {id_or_name!r}; there are: {known}", key="snapshot")
+        return entry
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._live is not None and self._held is not None:
+            self._live.release(self._held)
 
     # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def header(self) -> Header:
+        """The header as it was when the image was opened; asserts that it has been."""
+        assert self._header is not None, "not open"
+        return self._header
 
     @property
     def reader(self) -> Reader:
@@ -233,7 +266,7 @@ class Qcow2(Layer):
 
     @property
     def dirty_flag(self) -> bool:
-        return bool(self._header.incompatible & INCOMPATIBLE_DIRTY)
+        return bool(self.header.incompatible & INCOMPATIBLE_DIRTY)
 
     # -- where the bytes live ---------------------------------------------------------------------------------------
 
@@ -275,7 +308,7 @@ class Qcow2(Layer):
         """
         reader = self.reader
         for run, start, end in reader.spans(offset, length):
-            if run.place is None and reader.is_zero(run, start) and not self._header.is_raw:
+            if run.place is None and reader.is_zero(run, start) and not self.header.is_raw:
                 yield Extent(end - start, ZERO)
             elif self._is_writable(run) and self.pass_discard_request:
                 first, stop = self.writer.whole(start, end)
@@ -320,20 +353,36 @@ class Qcow2(Layer):
 
     def snapshots(self) -> Sequence[Snapshot]:
         """`format.HasSnapshots`."""
-        if self._snapshots is not None:
-            return [entry.info for entry in self._snapshots.entries]
-        header = self._header
-        entries, _ = read_table(self.reader.storage, header.snapshots_offset, header.snapshots_count)
-        return [entry.info for entry in entries]
+        writable = self._snapshots or self._live
+        if writable is not None:
+            return [entry.info for entry in writable.entries]
+        place, count = self.header.snapshots_offset, self.header.snapshots_count
+        return [entry.info for entry in read_table(self.reader.storage, place, count)[0]]
 
     def create_snapshot(self, name: str) -> Snapshot:
         return self._changeable().create(name).info
 
     def apply_snapshot(self, id_or_name: str) -> None:
-        self._changeable().apply(id_or_name)
+        try:
+            self._changeable().apply(id_or_name)
+        finally:
+            if self.dirty_log is not None:
+                self.dirty_log.mark(0, self.size)
 
     def delete_snapshot(self, id_or_name: str) -> None:
         self._changeable().delete(id_or_name)
+
+    def show_snapshot(self, id_or_name: str) -> Qcow2:
+        """Another layer, not open yet, that shows a snapshot of this image (`layers.snapshot.ShowsSnapshots`).
+
+        It reads the same file and backing file for itself: where a snapshot's bytes are does not change. As long as it
+        is open the snapshot is not deleted.
+        """
+        view = dataclasses.replace(
+            self, file=bare(self.file), backing=bare(self.backing) if self.backing else False, snapshot=id_or_name
+        )
+        view._live, view._header = self._snapshots or self._live, self._header
+        return view
 
     def _changeable(self) -> Snapshots:
         if self._snapshots is None:
@@ -355,12 +404,14 @@ class Qcow2(Layer):
 
     def _has_preallocation(self) -> bool:
         """`status.has_preallocation`, asked once, as QEMU does: it says how the image was made."""
+        if self._live is not None:
+            return False  # what the file's size says is of the disk as it is now
         if self._is_preallocated is None:
             try:
                 refcounts = (
                     self._writer.refcounts
                     if self._writer is not None
-                    else Refcounts(self.reader.storage, self._header, Occupied(), 0)
+                    else Refcounts(self.reader.storage, self.header, Occupied(), 0)
                 )
                 self._is_preallocated = status.has_preallocation(self.reader, refcounts, self._lock)
             except (ImageError, OSError):

@@ -11,6 +11,7 @@ The order of the writes that each of them takes is in `order`. Specification: "S
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
@@ -23,6 +24,7 @@ from layers.ondisk.qcow2 import COPIED, ICOUNT_NONE, SNAPSHOT_EXTRA
 from layers.qcow2 import references
 from layers.qcow2.cache import Table, encoded
 from layers.qcow2.clusters import Geometry
+from layers.qcow2.header import Header
 from layers.qcow2.limits import L1_TABLE_MAX, SNAPSHOT_NAME_MAX, SNAPSHOT_TABLE_MAX, SNAPSHOTS_COUNT_MAX
 from layers.qcow2.points import Image
 from layers.qcow2.snapshot_table import Entry, encode_table, find, new_id
@@ -54,20 +56,14 @@ class Snapshots:
         """The snapshots, oldest first."""
         return list(self._entries)
 
-    def get(self, id_or_name: str) -> Entry:
-        """The snapshot that has this ID, or else this name. ENOENT."""
-        entry = find(self._entries, id_or_name)
-        if entry is None:
-            raise RequestError(errno.ENOENT, f"{self._path}: there is no snapshot {id_or_name!r}")
-        return entry
-
     # -- showing ----------------------------------------------------------------------------------------------------
 
-    def hold(self, id_or_name: str) -> Entry:
-        """The same; it will not be deleted before `release`."""
+    def hold(self, id_or_name: str) -> Entry | None:
+        """The snapshot that has this ID, or else this name, if there is one; it is not deleted before `release`."""
         with self._image.steady(), self._image.lock:
-            entry = self.get(id_or_name)
-            self._held[entry] += 1
+            entry = find(self._entries, id_or_name)
+            if entry is not None:
+                self._held[entry] += 1
             return entry
 
     def release(self, entry: Entry) -> None:
@@ -79,7 +75,7 @@ class Snapshots:
 
     def create(self, name: str) -> Entry:
         """Make a snapshot of the disk as it is now."""
-        image = self._image
+        image = self._supported()
         with image.frozen(), contextlib.ExitStack() as undo:
             self._check_new(name)
             l1 = image.active_l1()
@@ -98,9 +94,9 @@ class Snapshots:
 
     def apply(self, id_or_name: str) -> Entry:
         """Make the disk what it was, its size included."""
-        image = self._image
+        image = self._supported()
         with image.frozen(), contextlib.ExitStack() as undo:
-            entry = self.get(id_or_name)
+            entry = self._get(id_or_name)
             what, size = f"snapshot {entry.name!r}", disk_size(image.storage, image.geometry, entry)
             entries = array("Q", (named & ~COPIED for named in read_l1(image.storage, entry)))
             new, old = _differing(entries, image.active_l1())
@@ -119,9 +115,9 @@ class Snapshots:
 
     def delete(self, id_or_name: str) -> Entry:
         """Delete a snapshot. EBUSY while it is held."""
-        image = self._image
+        image = self._supported()
         with image.alone(), contextlib.ExitStack() as undo:
-            entry = self.get(id_or_name)
+            entry = self._get(id_or_name)
             if self._held[entry]:
                 raise RequestError(errno.EBUSY, f"{self._path}: snapshot {entry.name!r} is being exported")
             what, l1 = f"snapshot {entry.name!r}", read_l1(image.storage, entry)
@@ -141,6 +137,17 @@ class Snapshots:
     @property
     def _path(self) -> str | None:
         return self._image.storage.file.filename
+
+    def _supported(self) -> Image:
+        if self._image.geometry.has_data_file:
+            raise RequestError(errno.ENOTSUP, f"{self._path}: has an external data file, so can have no snapshots")
+        return self._image
+
+    def _get(self, id_or_name: str) -> Entry:
+        entry = find(self._entries, id_or_name)
+        if entry is None:
+            raise RequestError(errno.ENOENT, f"{self._path}: there is no snapshot {id_or_name!r}")
+        return entry
 
     def _check_new(self, name: str) -> None:
         length = len(os.fsencode(name))
@@ -198,6 +205,12 @@ def _differing(new: Sequence[int], old: Sequence[int]) -> tuple[list[int], list[
     """Two L1 tables without the entries that are the same in both, for which nothing changes."""
     pairs = list(itertools.zip_longest(new, old, fillvalue=0))
     return [one if one != other else 0 for one, other in pairs], [other if one != other else 0 for one, other in pairs]
+
+
+def shown(storage: Storage, header: Header, entry: Entry) -> Header:
+    """The header that an image would have if it were what it was in a snapshot. Raises ImageError."""
+    size = disk_size(storage, header.geometry, entry.completed(header.size))
+    return dataclasses.replace(header, size=size, l1_offset=entry.l1_place, l1_count=entry.l1_count)
 
 
 def read_l1(storage: Storage, entry: Entry) -> array[int]:

@@ -19,6 +19,7 @@ from layers.memory import Memory
 from layers.qcow2 import Qcow2
 from layers.quorum import Quorum
 from layers.raw import Raw
+from layers.snapshot import Snapshot
 from layers.snapshot_access import SnapshotAccess
 from layers.throttle import Throttle
 from nbdserver.layer import Layer
@@ -26,7 +27,8 @@ from nbdserver.reference import Reference
 from nbdserver.request import Operation, Request
 from tests.layers import luks_kit
 from tests.registered import Seen, Spy, open_registered, registered
-from tests.serving import create
+from tests.serving import create, qemu_io
+from tests.serving import run as run_tool
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -134,6 +136,17 @@ def _snapshot(directory: Path) -> Stack:
     return Stack(layer, layer, below.spies)
 
 
+def _internal_snapshot(directory: Path) -> Stack:
+    path = directory / "disk.qcow2"
+    if not path.exists():
+        create(path, MIB)
+        qemu_io(path, f"write -P 1 0 {MIB}")
+        run_tool("qemu-img", "snapshot", "-c", "shown", path)
+    spy = Growing(File(str(path)))
+    layer = Snapshot(Qcow2(spy), "shown")
+    return Stack(layer, layer, [spy])
+
+
 #: A stack for every layer that stands on others.
 STACKS: dict[str, Callable[[Path], Stack]] = {
     "blkverify": lambda directory: _on(Blkverify, 2),
@@ -144,6 +157,7 @@ STACKS: dict[str, Callable[[Path], Stack]] = {
     "qcow2": lambda directory: _above(Qcow2, File(str(_chain(directory)))),
     "quorum": lambda directory: _on(lambda *spies: Quorum([*spies], 2), 3),
     "raw": lambda directory: _on(Raw),
+    "snapshot": _internal_snapshot,
     "snapshot-access": _snapshot,
     "throttle": lambda directory: _on(Throttle),
 }

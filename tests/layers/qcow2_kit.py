@@ -283,3 +283,29 @@ def open_recorded(data: bytes, data_file: bytes | None = None, **options: object
     if data_file is not None:
         options["data_file"] = RecordedFile(bytearray(data_file), file)
     return file, Qcow2(file, **options)  # type: ignore[arg-type]
+
+
+class Thread(threading.Thread):
+    """A call on a thread of its own; `done` waits for it and passes on what it raised."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def done(self) -> None:
+        self.join(10)
+        assert not self.is_alive(), "stuck"
+        if self._error is not None:
+            raise self._error
+
+    def waits(self) -> bool:
+        self.join(0.1)
+        return self.is_alive()

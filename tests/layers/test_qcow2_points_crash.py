@@ -147,6 +147,7 @@ SCENARIOS = [
     ),
     Scenario("preallocated", 1024, 64 * KIB, {"preallocation": "metadata"}),
     Scenario("little cache", 512, 128 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
+    Scenario("extended entries", 16384, 512 * KIB, {"extended_l2": "on"}, states=100),
     Scenario("nothing discarded", 1024, 64 * KIB, layer={"pass_discard_snapshot": False}),
 ]
 

@@ -19,38 +19,12 @@ from nbdserver.layer import Layer
 from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag, Request
 from tests.layers.qcow2_check import check, read
-from tests.layers.qcow2_kit import Operation, RecordedFile, open_recorded
+from tests.layers.qcow2_kit import Operation, RecordedFile, Thread, open_recorded
 from tests.serving import check as qemu_check
 from tests.serving import create, qemu_io, run
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 4096
-
-
-class Thread(threading.Thread):
-    """A call on a thread of its own; `done` waits for it and passes on what it raised."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self._error = error
-
-    def done(self) -> None:
-        self.join(10)
-        assert not self.is_alive(), "stuck"
-        if self._error is not None:
-            raise self._error
-
-    def waits(self) -> bool:
-        self.join(0.1)
-        return self.is_alive()
 
 
 class Stop:

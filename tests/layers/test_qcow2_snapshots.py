@@ -18,12 +18,16 @@ from layers.file import File
 from layers.qcow2 import Qcow2
 from layers.qcow2.snapshot_table import Entry, encode_table, read_table
 from layers.qcow2.storage import Storage
-from nbdserver.errors import RequestError
+from nbdserver.dirty import Bitmap, Log
+from nbdserver.errors import ConfigError, RequestError
+from nbdserver.extent import CODE, Intent
+from nbdserver.files import PlainFile
 from nbdserver.format import HasSnapshots
+from nbdserver.graph import flatten
 from nbdserver.reference import Reference, open_stack
 from tests.layers.qcow2_check import Image, read, snapshots
 from tests.layers.qcow2_check import check as own_check
-from tests.layers.qcow2_kit import Operation, open_recorded
+from tests.layers.qcow2_kit import Operation, Thread, open_recorded
 from tests.serving import SEED, amount, check, content, create, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -34,6 +38,7 @@ MATRIX: list[tuple[int, int, dict[str, Any]]] = [
     (4096, 4 * MIB, {"refcount_bits": 2}),
     (4096, 4 * MIB + 1024, {"refcount_bits": 4}),
     (4096, 4 * MIB, {"compat": "0.10"}),
+    (16384, 4 * MIB + 1024, {"extended_l2": "on"}),
     (65536, 16 * MIB, {"refcount_bits": 8, "preallocation": "metadata"}),
     (2 * MIB, 24 * MIB + 512, {"refcount_bits": 32}),
 ]
@@ -218,6 +223,21 @@ def test_an_image_open_read_only(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EROFS
 
 
+def test_an_external_data_file(tmp_path: Path) -> None:
+    """As in QEMU: what a snapshot would have to keep is overwritten where it is."""
+    path = create(tmp_path / "image", MIB, data_file=tmp_path / "data")
+    layer = _opened(path)
+    with open_stack(layer):
+        assert not layer.snapshots()
+        for call in (layer.create_snapshot, layer.apply_snapshot, layer.delete_snapshot):
+            with pytest.raises(RequestError, match="external data file") as caught:
+                call("x")
+            assert caught.value.errno == errno.ENOTSUP
+    layer = _opened(path, snapshot="x")
+    with pytest.raises(ConfigError, match="external data file"), open_stack(layer, read_only=True):
+        pass
+
+
 def test_no_more_than_qemu_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = create(tmp_path / "image", MIB)
     layer = _opened(path)
@@ -363,6 +383,43 @@ def test_vm_state_behind_the_disk_is_kept(tmp_path: Path) -> None:
     check(path)
     qemu = run("qemu-io", "-f", "qcow2", "-c", "read -b -P 9 0 64k", path)
     assert "verification failed" not in qemu, qemu
+
+
+# -- while others are at it ------------------------------------------------------------------------------------------
+
+
+def test_writes_in_place_end_before_a_snapshot_is_made(tmp_path: Path) -> None:
+    """And no other begins: the permission to write in place is taken away first."""
+    layer = _opened(create(tmp_path / "image", MIB))
+    with open_stack(layer) as disk:
+        disk.write(0, b"old")
+        leaf = next(flatten(layer, 0, 3, Intent.WRITE))
+        assert isinstance(leaf.target, PlainFile)
+        with leaf.target.use(leaf.offset, 3):
+            making = Thread(lambda: layer.create_snapshot("s"))
+            assert making.waits()
+            assert next(flatten(layer, 0, 3, Intent.WRITE)).target is CODE
+            writing = Thread(lambda: disk.write(0, b"new"))
+            assert writing.waits()
+        making.done()
+        writing.done()
+        assert disk.read(0, 3) == b"new"
+        layer.apply_snapshot("s")
+        assert disk.read(0, 3) == b"old"
+
+
+def test_applying_marks_all_as_dirty(tmp_path: Path) -> None:
+    layer = _opened(create(tmp_path / "image", MIB))
+    with open_stack(layer) as disk:
+        disk.write(0, b"old")
+        layer.create_snapshot("s")
+        bitmap, log = Bitmap(MIB, 65536), Log()
+        log.set([bitmap])
+        layer.dirty_log = log
+        layer.create_snapshot("t")
+        assert bitmap.count() == 0
+        layer.apply_snapshot("s")
+        assert bitmap.count() == 16
 
 
 # -- when the file fails ---------------------------------------------------------------------------------------------

@@ -105,6 +105,8 @@ class Model:
         self._now = 0
         self._tags = 0
         tag = ZERO_TAG if initial is None else INITIAL_TAG
+        #: What is on the disk after `replace`, by tag.
+        self._replaced: dict[int, bytes] = {}
         self._possible: list[tuple[Value, ...]] = [(Value(tag, 0),)] * self.count
         self._in_flight: set[Operation] = set()
         # Flushes that have completed: when, and the latest submission among them all up to this one.
@@ -138,6 +140,13 @@ class Model:
             operation.changes = [o for o in self._in_flight if o.kind in CHANGES and o.overlaps(operation)]
             operation.before = self._possible[operation.first : operation.last]
         self._in_flight.add(operation)
+        return operation
+
+    def replace(self, content: bytes) -> Operation:
+        """Note that the whole disk is about to become ``content``, at once; `complete` it when it has. (Not with
+        ``crashes``.)"""
+        operation = self.submit(Kind.WRITE, 0, self.size)
+        self._replaced[operation.tag] = content
         return operation
 
     def payload(self, operation: Operation) -> bytearray:
@@ -201,6 +210,8 @@ class Model:
         start, end = self.edges[grain], self.edges[grain + 1]
         if tag == ZERO_TAG:
             return bytes(end - start)
+        if tag in self._replaced:
+            return self._replaced[tag][start:end]
         if tag == INITIAL_TAG:
             assert self._initial is not None
             return self._initial[start:end]
