@@ -38,14 +38,14 @@ def status(reader: Reader, context: str, offset: int, length: int, *, preallocat
 def entries(reader: Reader, offset: int, length: int, *, preallocated: bool) -> Iterator[MapEntry]:
     """What the image itself says of a range: `nbdserver.format.Maps`."""
     for run, start, stop in reader.spans(offset, length):
-        if run.kind is Kind.UNALLOCATED:
-            yield MapEntry(stop - start)
-        elif run.kind is Kind.COMPRESSED:
+        is_zero = run.kind is Kind.ZERO
+        if run.kind is Kind.COMPRESSED:
             yield MapEntry(stop - start, data=True, compressed=True)
         elif run.place is None:
-            yield MapEntry(stop - start, zero=True)
-        elif run.kind is Kind.ZERO:
-            yield MapEntry(stop - start, zero=True, child=reader.data.file, offset=reader.place(run, start))
+            yield MapEntry(stop - start, zero=is_zero)
+        elif run.kind is not Kind.NORMAL:
+            # There is room, and what was there once; QEMU says where, too.
+            yield MapEntry(stop - start, zero=is_zero, child=reader.data.file, offset=reader.place(run, start))
         else:
             place = reader.place(run, start)
             runs = _in_file(reader, run, start, stop) if preallocated else ((stop - start, 0),)

@@ -11,13 +11,14 @@ itself, and from then on what it gives up is there.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from typing import NamedTuple
 
 import click
 
-from nbdserver.errors import ImageError
+from nbdserver.errors import ImageError, RequestError
 from nbdserver.files import own_roots, resolve_name, within
 from nbdserver.format import Empties, HasBacking, HasSnapshots, Progress, no_progress
 from nbdserver.image import wording
@@ -137,7 +138,11 @@ def commit(chain: Chain, *, drop: bool, rate: int | None = None, progress: Progr
     finish(base.flush())
     top = images[0]
     if not drop and isinstance(top, Empties):
-        top.make_empty()
+        try:
+            top.make_empty()
+        except RequestError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
         finish(top.flush())
 
 

@@ -182,8 +182,8 @@ class Conversion:
             if len(self.sources) > 1:
                 raise click.UsageError("several images that are joined cannot be an overlay")
             keys["backing"] = images.open(*backing)
-        file = creation.make(images, self.target, self.target_format, source.size, options, cache=self.target_cache)
-        return creation.open_new(images, file, self.target_format, keys)
+        made = creation.make(images, self.target, self.target_format, source.size, options, cache=self.target_cache)
+        return creation.open_new(images, made, self.target_format, keys)
 
     def _existing(self, images: Images, source: Layer) -> Layer:
         self._check_compression(None)

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from nbdserver import registry
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Size
 from nbdserver.files import resolve_name
-from nbdserver.format import Creates, Progress, no_progress
+from nbdserver.format import Creates, Progress, grow, no_progress, preallocate
+from nbdserver.graph import reach
 from nbdserver.image.opening import Images, layer_type
 from nbdserver.image.parameters import parse_size
 from nbdserver.layer import Layer
@@ -101,6 +102,13 @@ def backing_of(path: str, options: Any) -> tuple[str, str] | None:
     return resolve_name(name, path), options.backing_fmt
 
 
+class Made(NamedTuple):
+    """The files of a new image, open and locked. ``data_file``: the external one, if there is."""
+
+    file: Layer
+    data_file: Layer | None
+
+
 def make(
     images: Images,
     path: str,
@@ -110,19 +118,33 @@ def make(
     *,
     cache: str = "writeback",
     progress: Progress = no_progress,
-) -> Layer:
-    """Make an image; what was at ``path`` is gone. Gives its file, open and locked. Raises ImageError, ConfigError,
-    OSError."""
+) -> Made:
+    """Make an image; what was at ``path`` is gone. Raises ImageError, ConfigError, OSError."""
     make_image = creator(format)
     make_image.measure(size, options, ())  # which refuses what is too large, before anything is lost
+    data_file = _data_file(images, size, options, cache, progress)
     file = images.empty_file(path, cache=cache)
     make_image.create(file, size, options, opener=images.opener(read_only=False), progress=progress)
+    return Made(file, data_file)
+
+
+def _data_file(images: Images, size: int, options: Any, cache: str, progress: Progress) -> Layer | None:
+    """The external data file that the options ask for; its name is relative to the working directory, as in QEMU."""
+    name: str | None = getattr(options, "data_file", None)
+    if name is None:
+        return None
+    file = images.empty_file(resolve_name(name, None, beside=False), cache=cache)
+    grow(file, size)
+    if options.preallocation in ("falloc", "full"):
+        preallocate(reach(file), 0, size, written=options.preallocation == "full", progress=progress)
     return file
 
 
-def open_new(images: Images, file: Layer, format: str, keys: Mapping[str, object]) -> Layer:
-    """Open the image that `make` has made in ``file``, for writing."""
-    return images.enter(registry.build(format, {"file": file, **keys}), read_only=False)
+def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]) -> Layer:
+    """Open the image that `make` has made, for writing."""
+    if made.data_file is not None:
+        keys = {"data_file": made.data_file, **keys}
+    return images.enter(registry.build(format, {"file": made.file, **keys}), read_only=False)
 
 
 # -- the options ---------------------------------------------------------------------------------------------------

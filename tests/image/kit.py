@@ -72,10 +72,13 @@ def make_zoo(directory: Path) -> dict[str, Sample]:
         "falloc": {"preallocation": "falloc"},
         "full": {"preallocation": "full", "cluster_size": 4096},
         "odd size": {"cluster_size": 4096},
+        "subclusters": {"extended_l2": "on", "cluster_size": 65536},
+        "data file": {"data_file": directory / "data"},
+        "raw data file": {"data_file": directory / "raw data", "data_file_raw": "on"},
     }.items():
         path = directory / f"{name}.qcow2"
         create(path, 8 * MIB + (512 if name == "odd size" else 0), **options)
-        _fill(path, compress="preallocation" not in options)
+        _fill(path, compress=options.keys().isdisjoint({"preallocation", "data_file"}))
         zoo[name] = Sample(path, "qcow2")
     return zoo | _chains(directory, zoo["raw"].path)
 

@@ -55,6 +55,22 @@ def test_a_raw_image(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 >= MIB
 
 
+@pytest.mark.parametrize("raw", ["off", "on"])
+def test_an_external_data_file_is_made_too(raw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Path("source")
+    source.write_bytes(b"x" * MIB + bytes(MIB))
+    options = f"data_file=data,data_file_raw={raw}"
+    image("create", "-f", "qcow2", "-o", options, "disk", "3M")
+    run("qemu-img", "check", "disk")
+    assert Path("data").stat().st_size == 3 * MIB
+    image("convert", "-O", "qcow2", "-o", options, source, "disk")
+    run("qemu-img", "compare", "-F", "raw", "disk", source)
+    assert Path("data").stat().st_size == 2 * MIB
+    assert raw == "off" or Path("data").read_bytes() == source.read_bytes()
+    assert "already open" in image("convert", "-O", "qcow2", "-o", "data_file=source", source, "other", status=1).stderr
+
+
 def test_an_overlay_has_the_size_of_its_backing_file(tmp_path: Path) -> None:
     base = create(tmp_path / "base", 5 * MIB)
     over = tmp_path / "deep"
