@@ -17,6 +17,7 @@ import errno
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
 
 from nbdserver.errors import RequestError
@@ -213,10 +214,16 @@ class HasSnapshots(Protocol):
 
 @runtime_checkable
 class HasBitmaps(Protocol):
-    """A format that keeps dirty bitmaps. Raises RequestError: ENOENT, EEXIST, EINVAL, ENOTSUP. Called in a drained
-    section of whoever uses the disk."""
+    """A format that keeps dirty bitmaps. `Layer.status` tells what is marked in one, as the context ``DIRTY_BITMAP``
+    and its name. Raises RequestError: ENOENT, EEXIST, EINVAL, EBUSY, EROFS, ENOTSUP; OSError. What changes them is
+    called in a drained section of whoever uses the disk; when it returns it is durable, but for what is done to an
+    enabled bitmap, which is stored when the image is closed."""
 
     def bitmaps(self) -> Sequence[Bitmap]: ...
+
+    def use_bitmap(self, name: str) -> AbstractContextManager[Bitmap]:
+        """Have the bitmap stay, and stay what it is but for the writes that it records, for the time of the block: what
+        would change it fails with EBUSY. EINVAL if it is ``in_use``, and so says nothing."""
 
     def add_bitmap(self, name: str, *, granularity: int | None = None, enabled: bool = True) -> None: ...
 

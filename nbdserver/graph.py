@@ -125,7 +125,7 @@ def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transform
             logs = (*((log, at - extent.offset) for log, at in marks), *_own_log(child))
             stack.append(_Level(child, below, extent.offset, writable, meters, logs, transform, top, lifted))
         elif target is ZERO:
-            yield Leaf(extent.length, ZERO, 0, False, None, meters=meters)
+            yield Leaf(extent.length, ZERO, 0, False, None, meters=meters, logs=marks)
         else:
             assert not isinstance(target, Special)
             writable = level.writable and extent.writable
@@ -197,10 +197,11 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
     if leaf.target is ZERO:
         if layer.changes != seen:
             return False
-        if operation is Operation.READ:
-            part.vector.zero()
-        else:
-            assert operation is not Operation.WRITE, "resolve(WRITE) answered ZERO"
+        with _marked(leaf, part):
+            if operation is Operation.READ:
+                part.vector.zero()
+            else:
+                assert operation is not Operation.WRITE, "resolve(WRITE) answered ZERO"
         return True
     file = leaf.target
     assert not isinstance(file, Special)

@@ -56,6 +56,11 @@ STATE_ZERO = 2
 #: for the topmost; 0: none does.
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 
+#: The beginning of the names of QEMU's other meta contexts, one a dirty bitmap (ibid., "qemu:dirty-bitmap"), and their
+#: flag.
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+STATE_DIRTY = 1
+
 
 class Buffers(NamedTuple):
     """What a layer's code, called for CODE, does with a request's memory, and so with REGISTERED_BUF: for people.
@@ -349,29 +354,43 @@ class Layer:
         or stopping early after at least one. For BASE_ALLOCATION: STATE_HOLE | STATE_ZERO.
 
         The default follows ``resolve``: ZERO is a hole of zeroes, CODE is data, a child or file says itself. For
-        ALLOCATION_DEPTH, all that is no child's is this layer's own: 1.
+        ALLOCATION_DEPTH, all that is no child's is this layer's own: 1. For DIRTY_BITMAP and a name, CODE is what the
+        ``file`` child says of the same offsets, and all else that is no child's is clean.
         """
         end = offset + length
         for extent in self.resolve(offset, length, Intent.READ):
             if offset >= end:
                 return
             take = min(extent.length, end - offset)
-            if isinstance(extent.target, Layer):
+            child, at = self._told_by(extent, context, offset)
+            if child is not None:
                 left = take
-                for run, flags in extent.target.status(context, extent.offset, take):
+                for run, flags in child.status(context, at, take):
                     run = min(run, left)
                     yield run, flags
                     left -= run
                 if left:
                     return
+            elif context.startswith(DIRTY_BITMAP):
+                yield take, 0
             elif context == ALLOCATION_DEPTH:
                 yield take, 1
             elif isinstance(extent.target, Special):
                 yield take, 0 if extent.target is CODE else STATE_HOLE | STATE_ZERO
             else:
+                assert not isinstance(extent.target, Layer)
                 for run, is_data in extent.target.status(extent.offset, take):
                     yield run, 0 if is_data else STATE_HOLE | STATE_ZERO
             offset += take
+
+    def _told_by(self, extent: Extent, context: str, offset: int) -> tuple[Layer | None, int]:
+        """Which child tells the status of an extent at ``offset``, and where in it; None: none does."""
+        if isinstance(extent.target, Layer):
+            return extent.target, extent.offset
+        file = getattr(self, "file", None)
+        if context.startswith(DIRTY_BITMAP) and extent.target is CODE and isinstance(file, Layer):
+            return (file, offset) if offset + extent.length <= file.size else (None, 0)
+        return None, 0
 
     # -- for layer code: reaching a child ------------------------------------------------------------------------
 

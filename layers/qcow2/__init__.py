@@ -25,6 +25,8 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `snapshots`      made, applied, deleted       `points`      what it takes to pass a point in time
 `snapshot_table` the table of them            `references`  what L2 tables refer to
 `head`           the header's fields that change at points in time
+`bitmaps`        dirty bitmaps, kept true     `bitmap_store` into the file, safe at every instant
+`bitmap_directory` as the file has them
 `create`         new images                   `compose`     the first cluster, put together
 `extensions`     header extensions, changed   `measure`     how large an image would be
 `check`          what is wrong with an image  `repair`      and mending it
@@ -34,8 +36,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 ================ ============================================================================
 
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:
-encryption, unknown incompatible features; for writing also the dirty and corrupt bits, and persistent bitmaps, which
-would silently become worthless.
+encryption, unknown incompatible features; for writing also the dirty and corrupt bits.
 """
 
 from layers.qcow2.layer import Qcow2

@@ -21,7 +21,6 @@ from layers.ondisk.qcow2 import (
     CRYPT_METHODS,
     EXTENSION,
     EXTENSION_BACKING_FORMAT,
-    EXTENSION_BITMAPS,
     EXTENSION_DATA_FILE,
     EXTENSION_END,
     EXTENSION_FEATURE_NAMES,
@@ -65,7 +64,7 @@ UNDERSTOOD = (
 )
 
 #: What autoclear features promise of these, writing here keeps up.
-KEPT = AUTOCLEAR_DATA_FILE_RAW
+KEPT = AUTOCLEAR_DATA_FILE_RAW | AUTOCLEAR_BITMAPS
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,6 @@ def check_writable(header: Header, path: str | None) -> None:
         )
     if header.geometry.has_data_file and header.snapshots_count:
         raise ImageError("has internal snapshots, which an image with an external data file cannot have", path=path)
-    if header.autoclear & AUTOCLEAR_BITMAPS and EXTENSION_BITMAPS in header.extensions:
-        # The format would let us write and drop the autoclear bit, and every bitmap with it: somebody's
-        # incremental backup. Who wants that can say so with qemu-img.
-        raise ImageError(
-            "has persistent bitmaps, which writing would make worthless: open it read-only, or remove them with "
-            "qemu-img bitmap --remove",
-            path=path,
-        )
 
 
 class _Parser:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
-from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_FIELD, INCOMPATIBLE_DIRTY
+from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_BITMAPS, AUTOCLEAR_FIELD, EXTENSION_BITMAPS, INCOMPATIBLE_DIRTY
 from layers.qcow2 import status
+from layers.qcow2.bitmap_directory import check_recordable, read_directory
+from layers.qcow2.bitmap_store import BitmapStore
+from layers.qcow2.bitmaps import Bitmaps
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.create import Options, make_image
+from layers.qcow2.extensions import set_extension
 from layers.qcow2.head import Head
 from layers.qcow2.header import KEPT, Header, check_writable, read_header
 from layers.qcow2.host import DataFile, InImage
@@ -31,10 +37,10 @@ from layers.qcow2.storage import Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
-from nbdserver.extent import CODE, ZERO, BlockLimits, Extent, Intent, Size, Special
-from nbdserver.format import ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
+from nbdserver.extent import CODE, ZERO, BlockLimits, DirtyBitmap, DirtyLog, Extent, Intent, Size, Special
+from nbdserver.format import Bitmap, ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
 from nbdserver.graph import attach, bare, reach
-from nbdserver.layer import BASE_ALLOCATION, Buffers, Layer, Opener
+from nbdserver.layer import BASE_ALLOCATION, DIRTY_BITMAP, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -79,6 +85,9 @@ class Qcow2(Layer):
         self._live: Snapshots | None = None
         self._held: Entry | None = None
         self._header: Header | None = None
+        self._bitmaps: Bitmaps | None = None
+        #: What `dirty_log` is while there are bitmaps to mark in.
+        self._log: DirtyLog | None = None
         self._is_preallocated: bool | None = None
 
     # -- making images ----------------------------------------------------------------------------------------------
@@ -118,6 +127,9 @@ class Qcow2(Layer):
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
         storage = data = Storage(self.file, header.geometry.cluster_size)
+        # Bitmaps are the live disk's; a snapshot has none.
+        named = header if self.snapshot is None else dataclasses.replace(header, extensions={})
+        self._bitmaps = Bitmaps(storage, named, size=lambda: self.size, make=self._new_bits, track=self._mark_in)
         is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
         self._open_data_file(header, opener, is_read_only)
         if self.data_file is not None:
@@ -156,17 +168,24 @@ class Qcow2(Layer):
     def _open_writable(self, storage: Storage, data: Storage, header: Header) -> None:
         occupied, snapshots = Occupied(), read_table(storage, header.snapshots_offset, header.snapshots_count)
         head = Head(header)
+        bitmaps = read_directory(storage, header)
+        check_recordable(storage, bitmaps)
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
         host = InImage(storage, refcounts, occupied) if data is storage else self._data_host(data, head)
         mapping = WritableMapping(
             storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied, host=host
         )
-        Survey(storage, header, mapping, refcounts, snapshots).fill(occupied)
+        Survey(storage, header, mapping, refcounts, snapshots, bitmaps).fill(occupied)
         storage.fill_up()
-        if header.autoclear & ~KEPT:
+        kept = header.autoclear & KEPT
+        if not bitmaps.entries:
+            kept &= ~AUTOCLEAR_BITMAPS
+        if header.autoclear != kept:
             # What they promise to keep up to date, we shall not. Durable before anything else changes.
-            self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(header.autoclear & KEPT))
+            self.file.pwrite(AUTOCLEAR_AT, AUTOCLEAR_FIELD.pack(kept))
             self.file.flush()
+        if EXTENSION_BITMAPS in header.extensions and not bitmaps.entries:
+            self._forget_bitmaps()
         self._reader = Reader(storage, data, header, mapping, self._lock, self.backing or None)
         order = Order(storage, self._lock, mapping, refcounts, head, host if isinstance(host, DataFile) else None)
         self._writer = Writer(
@@ -197,6 +216,39 @@ class Qcow2(Layer):
             changed=self.changed,
         )
         self._snapshots = Snapshots(image, snapshots, discard=self.pass_discard_snapshot)
+        self.bitmap_list.start(
+            BitmapStore(
+                storage,
+                bitmaps,
+                kept,
+                lock=self._lock,
+                refcounts=refcounts,
+                occupied=occupied,
+                flush=order.flush,
+            )
+        )
+
+    def _forget_bitmaps(self) -> None:
+        """Take away the extension of bitmaps that somebody has made worthless, as QEMU does. Their clusters leak."""
+        with contextlib.suppress(OSError):  # there may be no room to; so it stays, and says no more than before
+            set_extension(self.file, EXTENSION_BITMAPS, None)
+
+    def _new_bits(self, size: int, granularity: int) -> DirtyBitmap:
+        assert self._opener is not None, "not open"
+        return self._opener.dirty_bitmap(size, granularity)
+
+    def _mark_in(self, bitmaps: Sequence[DirtyBitmap]) -> None:
+        """Have writes marked in these bitmaps and no others."""
+        if self._log is None:
+            if not bitmaps:
+                return
+            assert self._opener is not None, "not open"
+            self._log = self._opener.dirty_log()
+        self._log.set(bitmaps)
+        log = self._log if bitmaps else None
+        if log is not self.dirty_log:
+            self.dirty_log = log
+            self.changed(0, self.size)
 
     def _data_host(self, data: Storage, head: Head) -> DataFile:
         data.fill_up(head.size)
@@ -222,8 +274,12 @@ class Qcow2(Layer):
         return entry
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._bitmaps is not None:
+                self._bitmaps.stop()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
         if self._live is not None and self._held is not None:
             self._live.release(self._held)
 
@@ -246,6 +302,12 @@ class Qcow2(Layer):
         """What writes the image; asserts that the layer is open for writing."""
         assert self._writer is not None, "not open for writing"
         return self._writer
+
+    @property
+    def bitmap_list(self) -> Bitmaps:
+        """The bitmaps; asserts that the layer is open."""
+        assert self._bitmaps is not None, "not open"
+        return self._bitmaps
 
     @property
     def size(self) -> int:
@@ -363,8 +425,10 @@ class Qcow2(Layer):
         return self._changeable().create(name).info
 
     def apply_snapshot(self, id_or_name: str) -> None:
+        snapshots = self._changeable()
         try:
-            self._changeable().apply(id_or_name)
+            with self.bitmap_list.resizing(snapshots.size(id_or_name)):
+                snapshots.apply(id_or_name)
         finally:
             if self.dirty_log is not None:
                 self.dirty_log.mark(0, self.size)
@@ -393,9 +457,39 @@ class Qcow2(Layer):
             )
         return self._snapshots
 
+    # -- bitmaps: `nbdserver.format.HasBitmaps` -----------------------------------------------------------------------
+
+    def bitmaps(self) -> Sequence[Bitmap]:
+        return self.bitmap_list.described()
+
+    def use_bitmap(self, name: str) -> AbstractContextManager[Bitmap]:
+        return self.bitmap_list.used(name)
+
+    def add_bitmap(self, name: str, *, granularity: int | None = None, enabled: bool = True) -> None:
+        self.bitmap_list.add(name, granularity, enabled=enabled)
+
+    def remove_bitmap(self, name: str) -> None:
+        self.bitmap_list.remove(name)
+
+    def enable_bitmap(self, name: str) -> None:
+        self.bitmap_list.enable(name)
+
+    def disable_bitmap(self, name: str) -> None:
+        self.bitmap_list.disable(name)
+
+    def clear_bitmap(self, name: str) -> None:
+        self.bitmap_list.clear(name)
+
+    def merge_bitmap(self, name: str, source: Layer, source_name: str) -> None:
+        if not isinstance(source, Qcow2):
+            raise RequestError(errno.EINVAL, f"{source.type} has no bitmaps to merge")
+        self.bitmap_list.merge(name, source.bitmap_list.bits(source_name))
+
     # -- block status -----------------------------------------------------------------------------------------------
 
     def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        if context.startswith(DIRTY_BITMAP):
+            return status.dirty(self.reader, self.bitmap_list, context, offset, length)
         preallocated = context == BASE_ALLOCATION and self._has_preallocation()
         return status.status(self.reader, context, offset, length, preallocated=preallocated)
 

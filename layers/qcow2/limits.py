@@ -94,3 +94,17 @@ BITMAP_MAX: Final = 0x20000000
 BITMAP_GRANULARITY_BITS_MIN: Final = 9
 BITMAP_GRANULARITY_BITS_MAX: Final = 31
 BITMAP_NAME_MAX: Final = 1023
+
+#: QEMU's bounds on the granularity of a bitmap that is added with none said: the cluster size, but within these.
+BITMAP_GRANULARITY_DEFAULT_MIN: Final = 4 * KIB
+BITMAP_GRANULARITY_DEFAULT_MAX: Final = 64 * KIB
+
+#: All bitmaps of one image together, as if every bit of them took memory: thirty disks of 64 TiB at 64 KiB a bit. What
+#: is all clear or all set takes a thousandth of that.
+BITMAPS_MAX: Final = 4 * GIB
+
+#: Entries of all bitmap tables together: what BITMAPS_MAX needs with the smallest clusters. They are read at opening.
+BITMAP_TABLES_COUNT_MAX: Final = BITMAPS_MAX // 512
+
+#: Bitmaps are read and written in pieces of about this size.
+BITMAP_PIECE: Final = MIB

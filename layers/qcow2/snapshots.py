@@ -56,6 +56,10 @@ class Snapshots:
         """The snapshots, oldest first."""
         return list(self._entries)
 
+    def size(self, id_or_name: str) -> int:
+        """The size that the disk had when this snapshot was made, bytes. ENOENT."""
+        return disk_size(self._image.storage, self._image.geometry, self._get(id_or_name))
+
     # -- showing ----------------------------------------------------------------------------------------------------
 
     def hold(self, id_or_name: str) -> Entry | None:

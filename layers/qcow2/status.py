@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
+from layers.qcow2.bitmaps import Bitmaps
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
 from nbdserver.format import MapEntry
-from nbdserver.layer import ALLOCATION_DEPTH, BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Layer
+from nbdserver.layer import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, STATE_DIRTY, STATE_HOLE, STATE_ZERO, Layer
+from nbdserver.limits import STATUS_COUNT_MAX
 
 #: QEMU measures disks in sectors: a file that ends within one reaches to the sector's end.
 SECTOR = 512
@@ -52,6 +54,21 @@ def entries(reader: Reader, offset: int, length: int, *, preallocated: bool) -> 
             for count, flags in runs:
                 yield MapEntry(count, data=True, zero=bool(flags), child=reader.data.file, offset=place)
                 place += count
+
+
+def dirty(reader: Reader, bitmaps: Bitmaps, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """`Layer.status` of a dirty bitmap: this image's, or else the next one's below. What lies past its end is clean."""
+    name, end = context.removeprefix(DIRTY_BITMAP), offset + length
+    if name in bitmaps:
+        yield from (
+            (run, STATE_DIRTY * is_dirty) for run, is_dirty in bitmaps.runs(name, offset, length, STATUS_COUNT_MAX)
+        )
+        return
+    edge = max(min(reader.backing.size, end), offset) if reader.backing is not None else offset
+    if reader.backing is not None and offset < edge:
+        yield from _exactly(reader.backing, offset, edge - offset, context)
+    if edge < end:
+        yield end - edge, 0
 
 
 def has_preallocation(reader: Reader, refcounts: Refcounts, lock: threading.Lock) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from layers.ondisk.qcow2 import COPIED, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
+from layers.qcow2.bitmap_directory import Directory, places
 from layers.qcow2.header import Header
 from layers.qcow2.mapping import Mapping
 from layers.qcow2.occupied import Occupied
@@ -27,10 +28,12 @@ class Survey:
         mapping: Mapping,
         refcounts: Refcounts,
         snapshots: tuple[Sequence[Entry], int],
+        bitmaps: Directory,
     ) -> None:
         """``snapshots``: the entries of the snapshot table, and its length."""
         self._storage, self._header, self._mapping, self._refcounts = storage, header, mapping, refcounts
         self._snapshot_entries, self._snapshots_length = snapshots
+        self._bitmaps = bitmaps
 
     def fill(self, occupied: Occupied) -> None:
         """Put every cluster of metadata that is known into ``occupied``. Raises ImageError, OSError."""
@@ -57,6 +60,10 @@ class Survey:
         yield from self._refcount_blocks()
         yield from self._l2_tables()
         yield from self._snapshots()
+        if self._bitmaps.entries:
+            yield "bitmap directory", self._bitmaps.offset // size, header.geometry.clusters(self._bitmaps.size)
+        for entry in self._bitmaps.entries:
+            yield from places(self._storage, entry)
 
     def _refcount_blocks(self) -> Iterator[tuple[str, int, int]]:
         for number, place in enumerate(self._refcounts.places):

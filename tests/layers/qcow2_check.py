@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tests.layers import bitmap_kit
+
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 PLACE = 0x00FFFFFFFFFFFE00
@@ -139,6 +141,8 @@ def check(data: bytes | bytearray) -> Report:
     if image.snapshots:
         end = max(at for at, _ in image.snapshot_table())
         refer("snapshot table", image.snapshots_offset, end - image.snapshots_offset)
+    for what, offset, length in bitmap_kit.references(data):
+        refer(what, offset, length)
     for offset, size, active in image.l1_tables():
         refer("L1 table", offset, max(size * 8, 1))
         for index, l1_entry in enumerate(image.numbers(offset, size)):

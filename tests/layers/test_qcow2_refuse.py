@@ -160,15 +160,6 @@ def test_corrupt_is_read_but_not_written(image: Path) -> None:
     _refused(image, "corrupt.*read-only", read_only=False)
 
 
-def test_bitmaps_are_not_made_worthless(image: Path) -> None:
-    run("qemu-img", "bitmap", "--add", image, "backup")
-    _reads(image)
-    _refused(image, "persistent bitmaps.*read-only", read_only=False)
-    run("qemu-img", "bitmap", "--remove", image, "backup")
-    with open_stack(Qcow2(File(str(image)))) as disk:
-        disk.write(0, b"x")
-
-
 def test_unknown_autoclear_bits_are_cleared_before_writing(image: Path) -> None:
     _poke_number(image, 88, 1 << 50)
     _reads(image)

@@ -1,0 +1,192 @@
+"""A crash at any instant, with any order and loss of what was not synced: no bitmap is valid that is not right.
+
+What the file may say of the bitmaps is known exactly at every instant: what the last change that was answered made of
+them, or, while one is being made, what it will. Enabled ones are in use as long as the image is open.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from layers.qcow2 import Qcow2
+from nbdserver.extent import DirtyBitmap
+from nbdserver.reference import Reference, open_stack
+from tests.layers.bitmap_kit import AUTO, IN_USE, stored
+from tests.layers.qcow2_check import check, read
+from tests.layers.qcow2_kit import SECTOR, Drive, RecordedFile, crash_states
+from tests.serving import SEED, amount, create, run
+from tests.serving import check as qemu_check
+
+KIB = 1024
+
+#: Name -> (flags, marked granules; None if it is in use, and what it says is of no account).
+Said = dict[str, tuple[int, frozenset[int] | None]]
+
+
+@dataclass
+class Scenario:
+    name: str
+    cluster: int
+    size: int
+    options: dict[str, object] = field(default_factory=dict)
+    granularities: tuple[int, ...] = (512, 4096)
+    backing: bool = False
+    steps: int = 16
+    states: int = 60
+
+
+SCENARIOS = [
+    Scenario("small clusters", 512, 128 * KIB),
+    Scenario("many refcount blocks", 512, 256 * KIB, {"refcount_bits": 64}),
+    Scenario("tables of several clusters", 512, 2048 * KIB, granularities=(512,), states=20),
+    Scenario("4k clusters", 4096, 256 * KIB),
+    Scenario("64k clusters", 65536, 1024 * KIB, granularities=(512, 65536), states=30),
+    Scenario("backing file", 4096, 256 * KIB, backing=True),
+]
+
+
+class Story:
+    """What has been done to an image, session after session, and what the file may say at each instant."""
+
+    def __init__(self, scenario: Scenario, file: RecordedFile, pick: random.Random, below: bytes) -> None:
+        self.scenario, self.file, self.pick = scenario, file, pick
+        self._below = below
+        #: (began, ended, what the file says from then on).
+        self.changes: list[tuple[int, int, Said]] = [(-1, -1, {})]
+        self.drive: Drive | None = None
+        #: What the disk was when an enabled bitmap was last clear.
+        self._bases: dict[str, bytes] = {}
+
+    def session(self) -> None:
+        """Open the image, do this and that, and close it."""
+        began = self.file.mark("opening")
+        layer = Qcow2(self.file, backing=RecordedFile(bytearray(self._below)) if self._below else False)
+        with open_stack(layer) as disk:
+            self.changes.append((began, self.file.mark("open"), said(layer)))
+            if self.drive is None:
+                content = read(self.file.data, self._below)
+                self.drive = Drive(self.file, disk, content, self.pick, self.scenario.cluster)
+            self.drive.disk = disk
+            for _ in range(self.scenario.steps):
+                self._step(layer)
+            final = {name: (flags & ~IN_USE, marked(layer, name)) for name, (flags, _) in said(layer).items()}
+            self._check(final, disk)
+            closing = self.file.mark("closing")
+        self.changes.append((closing, self.file.mark("closed"), final))
+
+    def _step(self, layer: Qcow2) -> None:
+        assert self.drive is not None
+        if self.pick.random() < 0.6:
+            self.drive.step(longest=4)
+            return
+        began = self.file.mark("change begins")
+        self._change(layer)
+        self.changes.append((began, self.file.mark("change ended"), said(layer)))
+
+    def _change(self, layer: Qcow2) -> None:
+        assert self.drive is not None
+        names = [bitmap.name for bitmap in layer.bitmaps()]
+        name = self.pick.choice([*names, ""])
+        what = self.pick.choice(("add", "remove", "enable", "disable", "clear", "merge"))
+        if what == "add" or not name:
+            name, enabled = f"b{self.pick.randrange(1 << 30)}", self.pick.random() < 0.7
+            if len(names) < 5:
+                layer.add_bitmap(name, granularity=self.pick.choice(self.scenario.granularities), enabled=enabled)
+                if enabled:
+                    self._bases[name] = bytes(self.drive.model)
+        elif what == "merge":
+            layer.merge_bitmap(name, layer, self.pick.choice(names))
+        else:
+            {
+                "remove": layer.remove_bitmap,
+                "enable": layer.enable_bitmap,
+                "disable": layer.disable_bitmap,
+                "clear": layer.clear_bitmap,
+            }[what](name)
+            self._bases.pop(name, None)
+            if what == "clear" and layer.bitmap_list._find(name).entry.is_auto:
+                self._bases[name] = bytes(self.drive.model)
+
+    def _check(self, final: Said, disk: Reference) -> None:
+        """What has changed since a bitmap was clear is marked in it."""
+        assert self.drive is not None
+        assert disk.read(0, disk.size) == self.drive.model
+        for name, base in self._bases.items():
+            granules = final[name][1]
+            assert granules is not None
+            granularity = self._granularity(disk, name)
+            for at in range(0, disk.size, SECTOR):
+                if base[at : at + SECTOR] != self.drive.model[at : at + SECTOR]:
+                    assert at // granularity in granules, (name, at)
+
+    def _granularity(self, disk: Reference, name: str) -> int:
+        assert isinstance(disk.root, Qcow2)
+        return next(bitmap.granularity for bitmap in disk.root.bitmaps() if bitmap.name == name)
+
+    def allowed(self, position: int) -> list[Said]:
+        """What the file may say after a crash that comes when all before ``position`` has begun."""
+        ended = [change for change in self.changes if change[1] < position]
+        return [ended[-1][2], *(said for began, _, said in self.changes[len(ended) :] if began < position)]
+
+
+def said(layer: Qcow2) -> Said:
+    """What the file should say now of the bitmaps of an open layer."""
+    return {
+        bitmap.name: (AUTO | IN_USE, None) if bitmap.auto else (0, marked(layer, bitmap.name))
+        for bitmap in layer.bitmaps()
+    }
+
+
+def marked(layer: Qcow2, name: str) -> frozenset[int]:
+    bits: DirtyBitmap = layer.bitmap_list.bits(name)
+    data = bits.data(0, -(-bits.size // bits.granularity // 64) * 8 + 8)
+    value = int.from_bytes(data, "little")
+    return frozenset(bit for bit in range(value.bit_length()) if value >> bit & 1)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_no_crash_leaves_a_bitmap_that_is_valid_and_wrong(scenario: Scenario, tmp_path: Path) -> None:
+    pick = random.Random(f"{SEED} {scenario.name}")
+    below = b""
+    if scenario.backing:
+        (tmp_path / "base").write_bytes(below := pick.randbytes(scenario.size))
+    path = create(
+        tmp_path / "image", scenario.size, backing=tmp_path / "base" if below else None, backing_format="raw",
+        cluster_size=scenario.cluster, **scenario.options,
+    )  # fmt: skip
+    initial = path.read_bytes()
+    file = RecordedFile(bytearray(initial))
+    story = Story(scenario, file, pick, below)
+    for _ in range(amount(3, 6)):
+        story.session()
+    report = check(file.data)
+    assert not report.errors and not report.leaks
+    assert found_in(file.data) == story.changes[-1][2]
+
+    assert story.drive is not None
+    states = amount(scenario.states, 40 * scenario.states)
+    for number, (position, state) in enumerate(crash_states(initial, file.log, pick, states)):
+        where = f"crash {number} before {position}: {[str(o) for o in file.log[max(position - 8, 0) : position]]}"
+        assert not check(state).errors, where
+        assert found_in(state) in story.allowed(position), where
+        assert not story.drive.history.wrong(position, read(state, below)), where
+        if number % (states // 4) == 0:
+            _qemu_agrees(state, tmp_path / "state")
+
+
+def found_in(state: bytearray) -> Said:
+    return {
+        name: (bitmap.flags, None if bitmap.flags & IN_USE else frozenset(bitmap.dirty))
+        for name, bitmap in stored(state).items()
+    }
+
+
+def _qemu_agrees(state: bytearray, path: Path) -> None:
+    path.write_bytes(state)
+    qemu_check(path, leaks_allowed=True)
+    run("qemu-img", "check", "-q", "-r", "leaks", path)
+    qemu_check(path)
