@@ -79,7 +79,12 @@ def run_json(*command: str | os.PathLike[str]) -> Any:
 def create(
     path: Path, size: int | str, *, backing: Path | None = None, backing_format: str = "qcow2", **o: Any
 ) -> Path:
-    """A new qcow2 image; further keywords are its creation options. The backing file is named relative to it."""
+    """A new qcow2 image; further keywords are its creation options. The backing file is named relative to it.
+
+    ``data_file="beside"`` is `data_beside`.
+    """
+    if o.get("data_file") == "beside":
+        o["data_file"] = data_beside(path)
     options = ",".join(f"{key}={value}" for key, value in o.items())
     chain = ["-b", os.path.relpath(backing, path.parent), "-F", backing_format] if backing else []
     run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), *chain, path, str(size))
@@ -97,6 +102,11 @@ def loop_device(path: Path, *, sector_size: int = 4096) -> Iterator[str]:
         yield device
     finally:
         run("losetup", "--detach", device)
+
+
+def data_beside(path: Path) -> Path:
+    """An external data file beside the image."""
+    return path.with_name(path.name + ".data")
 
 
 def qemu_io(path: Path, *commands: str) -> None:

@@ -26,7 +26,7 @@ from nbdserver.testing import NbdServers
 from tests.faults.replay import Replay, load
 from tests.oracle.model import Kind, Model, Operation
 from tests.oracle.storm import Storm, Weather
-from tests.serving import BACKENDS, SEED, amount, content, create, qemu_io
+from tests.serving import BACKENDS, SEED, amount, content, create, data_beside, qemu_io
 
 MIB = 1 << 20
 #: States of all disks and backends together.
@@ -37,6 +37,9 @@ DISKS: dict[str, dict[str, Any]] = {
     "64k": {"cluster_size": 65536},
     "512": {"cluster_size": 512},
     "v2": {"cluster_size": 4096, "compat": "0.10"},
+    "subclusters": {"cluster_size": 16384, "extended_l2": "on"},
+    "data file": {"cluster_size": 4096, "data_file": "beside"},
+    "data file, subclusters": {"cluster_size": 16384, "data_file": "beside", "extended_l2": "on"},
 }
 SIZE = 4 * MIB
 
@@ -83,7 +86,7 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
     base = create(memory / "base.qcow2", SIZE - MIB // 2)
     qemu_io(base, "write -P 5 0 700k", "write -P 6 2M 300k")
     path = create(memory / "disk.qcow2", SIZE, backing=base, **DISKS[name])
-    initial_file = path.read_bytes()
+    initial = {file: file.read_bytes() for file in (path, data_beside(path)) if file.exists()}
     model = Model(SIZE, initial=content(path), crashes=True)
     told = Acknowledged(model, memory / "record" / "record.bin")
     arguments = ("--format", "qcow2", "--backend", backend, "--record", memory / "record")
@@ -94,17 +97,19 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
         storm.run(operations=OPERATIONS)
         storm.drain()
 
-    replay = Replay(load(memory / "record" / "record.bin"), str(path), initial_file)
-    positions = replay.positions()
-    assert bytes(replay.prefix(positions[-1])) == path.read_bytes(), "the recording is not all that happened"
+    operations = load(memory / "record" / "record.bin")
+    replays = {file: Replay(operations, str(file), data) for file, data in initial.items()}
+    positions = sorted({position for replay in replays.values() for position in replay.positions()})
+    for file, replay in replays.items():
+        assert bytes(replay.prefix(positions[-1])) == file.read_bytes(), "the recording is not all that happened"
 
     pick = random.Random(SEED)
     count = STATES // (len(DISKS) * len(BACKENDS))
     # Every second state is a prefix; they are spread over the recording evenly.
     for number in range(count):
         position = positions[number * len(positions) // count]
-        state = replay.prefix(position) if number % 2 else replay.reordered(position, pick)
-        path.write_bytes(state)
+        for file, replay in replays.items():
+            file.write_bytes(replay.prefix(position) if number % 2 else replay.reordered(position, pick))
         try:
             _repair_leaks(path)
             model.check_crashed(_read_all(path, backend), told.tick(position))

@@ -6,18 +6,16 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from layers.qcow2 import Qcow2
 from nbdserver.layer import Layer
 from nbdserver.reference import Reference
 from nbdserver.request import Flag, Request
-from tests.serving import create
 
 SECTOR = 512
 
-#: Kinds of images that differ in how writing goes, as creation options (see `create_variant`).
+#: Kinds of images that differ in how writing goes, as options of `tests.serving.create`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"cluster_size": 4096},
     "subclusters": {"cluster_size": 16384, "extended_l2": "on"},
@@ -263,17 +261,6 @@ class Drive:
             data = self.disk.read(start, length)  # zeroes, except where the file is trimmed in place
         self.history.changed(start, data, began, self.file.mark(f"{kind} ended"))
         self.model[start : start + length] = data
-
-
-def create_variant(path: Path, size: int, **options: Any) -> Path:
-    """`tests.serving.create`; ``data_file="beside"`` is a file beside the image."""
-    if options.get("data_file") == "beside":
-        options["data_file"] = data_beside(path)
-    return create(path, size, **options)
-
-
-def data_beside(path: Path) -> Path:
-    return path.with_name(path.name + ".data")
 
 
 def open_recorded(data: bytes, data_file: bytes | None = None, **options: object) -> tuple[RecordedFile, Qcow2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
@@ -17,6 +18,7 @@ from layers.qcow2 import Qcow2
 from layers.raw import Raw
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import ZERO, Intent
+from nbdserver.graph import Graph
 from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag
 from tests.layers.qcow2_check import Image
@@ -443,6 +445,26 @@ def test_snapshots_beside_a_data_file_are_not_written(tmp_path: Path) -> None:
         pass
     with open_stack(_opened(path), read_only=True) as disk:
         assert disk.read(0, 1) == b"\0"
+
+
+def test_internal_snapshots_are_not_made(tmp_path: Path) -> None:
+    path, _ = _create(tmp_path)
+    layer = _opened(path)
+    with open_stack(layer), pytest.raises(RequestError, match="external data file") as caught:
+        layer.create_snapshot("s")
+    assert caught.value.errno == errno.ENOTSUP
+    check(path)
+
+
+def test_changes_of_the_data_file_pass_through(tmp_path: Path) -> None:
+    path, _ = _create(tmp_path)
+    memory = Memory(MIB)
+    layer, graph = _opened(path, data_file=memory), Graph()
+    seen: list[tuple[int, int]] = []
+    with open_stack(layer, graph=graph):
+        graph.subscribe(layer, lambda offset, length: seen.append((offset, length)))
+        memory.changed(4096, 512)
+    assert seen == [(4096, 512)]
 
 
 def test_a_backing_file_below_a_raw_data_file_is_not_written(tmp_path: Path) -> None:

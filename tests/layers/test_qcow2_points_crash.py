@@ -149,6 +149,7 @@ SCENARIOS = [
     Scenario("little cache", 512, 128 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
     Scenario("extended entries", 16384, 512 * KIB, {"extended_l2": "on"}, states=100),
     Scenario("nothing discarded", 1024, 64 * KIB, layer={"pass_discard_snapshot": False}),
+    Scenario("subclusters", 16 * KIB, 160 * KIB, {"extended_l2": "on"}, backing=99 * KIB + 512),
 ]
 
 

@@ -20,9 +20,9 @@ from nbdserver.layer import Layer
 from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag, Request
 from tests.layers.qcow2_check import check, read
-from tests.layers.qcow2_kit import VARIANTS, Operation, RecordedFile, Thread, create_variant, data_beside, open_recorded
+from tests.layers.qcow2_kit import VARIANTS, Operation, RecordedFile, Thread, open_recorded
 from tests.serving import check as qemu_check
-from tests.serving import qemu_io, run
+from tests.serving import create, data_beside, qemu_io, run
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 16 * KIB
@@ -97,7 +97,7 @@ class Image(NamedTuple):
 
 def _create(path: Path, variant: str) -> Path:
     options: dict[str, Any] = {**VARIANTS[variant], "cluster_size": CLUSTER}
-    create_variant(path, SIZE, **options)
+    create(path, SIZE, **options)
     qemu_io(path, f"write -P 1 0 {USED}")
     if "data_file" not in options:
         qemu_io(path, f"write -c -P 2 {COMPRESSED} {CLUSTER}")

@@ -19,7 +19,6 @@ from nbdserver.extent import CODE, ZERO, Extent, Intent
 from nbdserver.graph import Graph
 from nbdserver.layer import STATE_HOLE, STATE_ZERO
 from nbdserver.reference import Reference, open_stack
-from tests.layers.qcow2_kit import create_variant
 from tests.serving import SEED, amount, content, create, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -80,7 +79,7 @@ def _agrees(disk: Reference, path: Path) -> None:
 def test_images_read_as_qemu_reads_them(cluster: int, size: int, options: dict[str, Any], tmp_path: Path) -> None:
     if "extended_l2" in options:
         cluster = max(cluster, 16 * KIB)
-    path = create_variant(tmp_path / "image", size, cluster_size=cluster, **options)
+    path = create(tmp_path / "image", size, cluster_size=cluster, **options)
     _patch(
         path,
         size,

@@ -41,6 +41,7 @@ MATRIX: list[tuple[int, int, dict[str, Any]]] = [
     (16384, 4 * MIB + 1024, {"extended_l2": "on"}),
     (65536, 16 * MIB, {"refcount_bits": 8, "preallocation": "metadata"}),
     (2 * MIB, 24 * MIB + 512, {"refcount_bits": 32}),
+    (16 * KIB, 2 * MIB + 512, {"extended_l2": "on"}),
 ]
 MATRIX_IDS = [f"{cluster} {' '.join(map(str, options.values()))}" for cluster, _, options in MATRIX]
 

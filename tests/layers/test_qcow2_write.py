@@ -20,8 +20,8 @@ from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag
 from tests.layers.qcow2_check import Image
 from tests.layers.qcow2_check import check as own_check
-from tests.layers.qcow2_kit import VARIANTS, Operation, create_variant, data_beside, open_recorded
-from tests.serving import SEED, amount, check, content, create, qemu_io, run, run_json
+from tests.layers.qcow2_kit import VARIANTS, Operation, open_recorded
+from tests.serving import SEED, amount, check, content, create, data_beside, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -88,7 +88,7 @@ class Model:
 
 @pytest.mark.parametrize(("cluster", "size", "options"), MATRIX, ids=MATRIX_IDS)
 def test_random_requests(cluster: int, size: int, options: dict[str, Any], tmp_path: Path) -> None:
-    path = create_variant(tmp_path / "image", size, cluster_size=cluster, **options)
+    path = create(tmp_path / "image", size, cluster_size=cluster, **options)
     pick = random.Random(f"{SEED} {cluster} {options}")
     for _ in range(2):
         with open_stack(_opened(path)) as disk:
@@ -145,7 +145,7 @@ def test_internal_snapshots_keep_what_they_had(tmp_path: Path) -> None:
 )
 def test_taking_turns_with_qemu(options: dict[str, Any], tmp_path: Path) -> None:
     size, pick = 2 * MIB, random.Random(SEED)
-    path = create_variant(tmp_path / "image", size, **options)
+    path = create(tmp_path / "image", size, **options)
     for turn in range(amount(6, 50)):
         with open_stack(_opened(path)) as disk:
             model = Model(disk, content(path) if turn else bytes(size))
@@ -171,7 +171,7 @@ def test_several_threads(kind: str, backing: bool, tmp_path: Path) -> None:
         base = create(tmp_path / "base", size)
         qemu_io(base, "write -P 9 0 2M")
     options = {"small": {"cluster_size": 512}, "large": {}, **VARIANTS}[kind]
-    path = create_variant(tmp_path / "image", size, backing=base, **options)
+    path = create(tmp_path / "image", size, backing=base, **options)
     expected = bytearray(content(path))
     edges = [size * part // parts for part in range(parts + 1)]
     errors: list[BaseException] = []
@@ -213,7 +213,7 @@ def test_threads_that_free_and_allocate_whole_clusters(options: dict[str, Any], 
     """Freed clusters are reused by others at once: nobody may see what is not theirs."""
     cluster = int(options["cluster_size"])
     size = 256 * cluster
-    path = create_variant(tmp_path / "image", size, **options)
+    path = create(tmp_path / "image", size, **options)
     errors: list[BaseException] = []
 
     def work(number: int) -> None:

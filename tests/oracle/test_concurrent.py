@@ -65,6 +65,8 @@ DISKS = {
     "qcow2-refcount-1": Disk(8 * MIB, options=(("refcount_bits", 1), ("cluster_size", 4096))),
     "chain": Disk(8 * MIB, backed=True, options=(("cluster_size", 4096),)),
     "chain-64k": Disk(16 * MIB, backed=True),
+    "subclusters": Disk(16 * MIB, backed=True, options=(("extended_l2", "on"), ("cluster_size", 65536))),
+    "data-file": Disk(16 * MIB, backed=True, options=(("data_file", "beside"), ("cluster_size", 4096))),
     "unaligned": Disk(2 * MIB, backed=True, grain=16, length_max=6000),
     "raw": Disk(32 * MIB, format="raw"),
 }
