@@ -194,14 +194,16 @@ class NbdServers:
         self,
         *arguments: str | os.PathLike[str],
         tcp: bool = False,
+        listen: NbdUri | None = None,
         command: Sequence[str] = (),
         cwd: Path | None = None,
     ) -> ServerProcess:
-        """A started ``nbdserver serve ARGUMENTS``; see `ServerProcess`."""
+        """A started ``nbdserver serve ARGUMENTS``; see `ServerProcess`. Listens on a Unix socket or TCP port of its
+        own, or where told."""
         number = next(self._numbers)
         process = ServerProcess(
             arguments,
-            listen=NbdUri(host="127.0.0.1", port=_free_port()) if tcp else self.socket(),
+            listen=listen or (NbdUri(host="127.0.0.1", port=free_port()) if tcp else self.socket()),
             log=self._directory / f"{number}.log",
             command=command,
             cwd=cwd,
@@ -213,7 +215,7 @@ class NbdServers:
         return NbdUri(socket=str(self._directory / f"{next(self._numbers)}.sock"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A TCP port of loopback that is free now. Another process may take it: only for tests."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
