@@ -185,12 +185,13 @@ class Geometry:
         entry = entries[start]
         if entry & COMPRESSED:
             return 1
-        step = self.cluster_size if entry & self._placed else 0
+        if not entry & self._placed:
+            return _equal_length(entries, start)
         index, stop = start + 1, len(entries)
-        expected = entry + step
+        expected = entry + self.cluster_size
         while index < stop and entries[index] == expected:
             index += 1
-            expected += step
+            expected += self.cluster_size
         return index - start
 
     def compressed(self, entry: int) -> tuple[int, int]:
@@ -337,3 +338,19 @@ class BadEntry(Exception):
         super().__init__(wanted)
         self.wanted, self.start = wanted, start
         self.found = f"{entry:#018x}" if bitmap is None else f"{entry:#018x} with bitmap {bitmap:#018x}"
+
+
+def _equal_length(entries: array[int], start: int) -> int:
+    """How many entries from ``start`` on equal the first of them. What is empty is mostly empty to the end of its
+    table, and who allocates there asks at every write: so longer and longer pieces are compared at once."""
+    index, stop, piece = start + 1, len(entries), 16
+    while index < stop:
+        count = min(piece, stop - index)
+        if entries[index : index + count] != entries[start : start + 1] * count:
+            if count == 1:
+                break
+            piece = count // 2
+            continue
+        index += count
+        piece *= 4
+    return index - start

@@ -4,7 +4,7 @@
 
     cli           the group of commands          a module a command: its options, and what it does
     opening       layers over files and chains   allocation          who holds what of a disk
-    copying       data from disk to disk         creation, growing   new images, larger ones
+    copying       data from disk to disk         creation            new images, and their ``-o`` options
     parameters    options that commands share    progress, wording   what people see
     ahead         tasks on threads
 

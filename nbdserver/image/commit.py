@@ -20,11 +20,10 @@ import click
 
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.files import own_roots, resolve_name, within
-from nbdserver.format import Empties, HasBacking, HasSnapshots, Progress, no_progress
+from nbdserver.format import Empties, HasBacking, HasClusters, HasSnapshots, Progress, no_progress
 from nbdserver.image import wording
 from nbdserver.image.allocation import Run, runs
 from nbdserver.image.copying import Copy, Range
-from nbdserver.image.growing import grow
 from nbdserver.image.opening import ALONE, Images
 from nbdserver.image.parameters import (
     file_argument,
@@ -126,7 +125,8 @@ def commit(chain: Chain, *, drop: bool, rate: int | None = None, progress: Progr
     empty the topmost one. Raises ImageError, RequestError, OSError."""
     images, base = chain.images, chain.base
     size = images[0].size
-    grow(base, size)
+    if base.size < size:
+        base.resize(size)
     for depth, layer in enumerate(images):
         ranges = (
             Range(run.start, run.length, run.entry.zero)
@@ -134,7 +134,7 @@ def commit(chain: Chain, *, drop: bool, rate: int | None = None, progress: Progr
             if run.depth == depth and _is_above(run, images)
         )
         tell = functools.partial(_tell, progress, depth, len(images))
-        Copy(layer, base, sparse=0, rate=rate).run(ranges, size, tell)
+        Copy(layer, base, sparse=0, rate=rate, in_order=isinstance(base, HasClusters)).run(ranges, size, tell)
     finish(base.flush())
     top = images[0]
     if not drop and isinstance(top, Empties):

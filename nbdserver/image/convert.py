@@ -214,7 +214,7 @@ class Conversion:
             unit=target.cluster_size if self.compress and isinstance(target, HasClusters) else 1,
             workers=self.parallel,
             # Compressing takes longer than writing, and is done where the writing is.
-            in_order=not (self.oob_writes or self.compress),
+            in_order=isinstance(target, HasClusters) and not (self.oob_writes or self.compress),
             salvage=self._salvage if self.salvage else None,
             rate=self.rate_limit,
         )

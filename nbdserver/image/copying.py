@@ -2,12 +2,12 @@
 
 ::
 
-    ranges ──> pieces ──> thread: read ──┐   in turn   ┌──> write data
-                     └──> thread: read ──┴─────────────┴──> zero, or nothing where the target is zeroes anyway
+    ranges ──> pieces ──> thread: read, look for zeroes ──┐   in turn   ┌──> write data
+                     └──> thread: read, look for zeroes ──┴─────────────┴──> zero; nothing where there are zeroes anyway
                           ...
 
-Written in order, so that a target that allocates lays the data out as the disk has it; while one thread writes, the
-others read.
+A target that allocates is written in order, so that it lays the data out as the disk has it; while one thread writes,
+the others read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Copy:
     ``fills_holes``: what is known to be zeroes is written, too, rather than left out or zeroed. ``is_zeroed``: the
     target is zeroes where it has not been written. ``flags``: of writes. ``unit``: of compressed writes, what is
     compressed at once: ranges are whole units then. ``salvage``: is told of what cannot be read, and is zeroes then;
-    None: that is an error. ``rate``: bytes a second.
+    None: that is an error. ``rate``: bytes a second. ``in_order``: one piece is written after the other.
     """
 
     source: Layer
@@ -106,19 +106,26 @@ class Copy:
                 raise ImageError(f"cannot be read at byte {piece.start}: {error}", path=self.source.filename) from error
             self._salvage(piece, data)
 
-    def write(self, piece: Range, data: memoryview) -> None:
-        """Write a piece that has been read (into no data at all, if it is to be zeroed)."""
-        try:
-            if not len(data):
-                self._zero(piece.start, piece.length)
-                return
-            for start, stop, is_zero in self._parts(piece, data):
-                if not is_zero:
-                    execute(self.target, Request.write(piece.start + start, Vector.of(data[start:stop]), self.flags))
-                elif not self.is_zeroed:
-                    self._zero(piece.start + start, stop - start)
-        except (NbdserverError, OSError) as error:
-            raise ImageError(f"cannot be written at byte {piece.start}: {error}", path=self.target.filename) from error
+    def requests(self, piece: Range, data: memoryview) -> list[Request]:
+        """What to ask of the target for a piece that has been read (into no data at all, if it is to be zeroed)."""
+        if not len(data):
+            return [Request.zero(piece.start, piece.length, Flag.MAY_UNMAP)]
+        requests = []
+        for start, stop, is_zero in self._parts(piece, data):
+            if not is_zero:
+                requests.append(Request.write(piece.start + start, Vector.of(data[start:stop]), self.flags))
+            elif not self.is_zeroed:
+                requests.append(Request.zero(piece.start + start, stop - start, Flag.MAY_UNMAP))
+        return requests
+
+    def write(self, requests: Iterable[Request]) -> None:
+        """Write a piece."""
+        for request in requests:
+            try:
+                execute(self.target, request)
+            except (NbdserverError, OSError) as error:
+                name = self.target.filename
+                raise ImageError(f"cannot be written at byte {request.offset}: {error}", path=name) from error
 
     def _parts(self, piece: Range, data: memoryview) -> Iterable[tuple[int, int, bool]]:
         if not self.sparse:
@@ -126,9 +133,6 @@ class Copy:
         if self.flags & Flag.WRITE_COMPRESSED:
             return zero_runs(data, piece.start, self.unit, self.unit)
         return zero_runs(data, piece.start, 1 << self.sparse.bit_length() - 1, self.sparse)
-
-    def _zero(self, start: int, length: int) -> None:
-        execute(self.target, Request.zero(start, length, Flag.MAY_UNMAP))
 
     def _salvage(self, piece: Range, data: memoryview) -> None:
         """Read sector by sector."""
@@ -162,24 +166,46 @@ def whole_units(ranges: Iterable[Range], unit: int, end: int) -> Iterator[Range]
 def zero_runs(data: memoryview, position: int, block: int, shortest: int) -> Iterator[tuple[int, int, bool]]:
     """(start, stop, is zero) of ``data``, which lies at ``position`` of a disk: zero are runs of whole blocks, of at
     least ``shortest`` bytes. Blocks are counted from the disk's beginning; what is left at the ends is a block too."""
-    length = len(data)
-    at = 0  # what comes before has been told
-    start = 0
-    while start < length:
-        stop = min(start + block - (position + start) % block, length)
-        if not _is_zero(data, start, stop):
-            start = stop
-            continue
-        while stop < length and _is_zero(data, stop, min(stop + block, length)):
-            stop = min(stop + block, length)
-        if stop - start >= shortest or (start == 0 and stop == length):
-            if at < start:
-                yield at, start, False
+    told = 0
+    for start, stop in _zero_spans(data, position, block):
+        if stop - start >= shortest or stop - start == len(data):
+            if told < start:
+                yield told, start, False
             yield start, stop, True
-            at = stop
-        start = stop
-    if at < length:
-        yield at, length, False
+            told = stop
+    if told < len(data):
+        yield told, len(data), False
+
+
+def _zero_spans(data: memoryview, position: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each run of blocks that are zeroes."""
+    first, last = 0, 0
+    for start, stop in _candidates(data, position, block):
+        if not _is_zero(data, start, stop):
+            continue
+        if start != last:
+            if first < last:
+                yield first, last
+            first = start
+        last = stop
+    if first < last:
+        yield first, last
+
+
+def _candidates(data: memoryview, position: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the blocks that begin and end with a zero: few of those with data do. Found without a step of
+    Python's for each block."""
+    head = min(-position % block, len(data))
+    if head and not data[0] and not data[head - 1]:
+        yield 0, head
+    begins = bytes(data[head::block])
+    index = begins.find(0)
+    while index >= 0:
+        start = head + index * block
+        stop = min(start + block, len(data))
+        if not data[stop - 1]:
+            yield start, stop
+        index = begins.find(0, index + 1)
 
 
 #: Blocks are compared with this.
@@ -187,9 +213,7 @@ _ZEROES: Final = bytes(64 * 1024)
 
 
 def _is_zero(data: memoryview, start: int, stop: int) -> bool:
-    # Most blocks of data do not begin with a zero; to compare ``bytes`` is memcmp, to compare views is a loop.
-    if data[start] or data[stop - 1]:
-        return False
+    # To compare ``bytes`` is memcmp; to compare views is a loop.
     return all(
         bytes(data[at : min(at + len(_ZEROES), stop)]) == _ZEROES[: min(len(_ZEROES), stop - at)]
         for at in range(start, stop, len(_ZEROES))
@@ -246,12 +270,13 @@ class _Run:
         copy = self._copy
         data = buffer[: 0 if piece.is_zero and not copy.fills_holes else piece.length]
         copy.read(piece, data)
+        requests = copy.requests(piece, data)
         if copy.in_order:
             with self._turn:
                 self._turn.wait_for(lambda: self._next == number or bool(self._failures))
         if self._failures:
             return
-        copy.write(piece, data)
+        copy.write(requests)
         with self._turn:
             self._next += 1
             self._done = max(self._done, piece.start + piece.length)

@@ -262,3 +262,12 @@ def test_only_changed_sectors_are_written() -> None:
     writes = list(table.encode(table.changed))
     assert [(write.offset, len(write.data)) for write in writes] == [(4096, 1024), (4096 + 65536 - 512, 512)]
     assert writes[0].data[-8:] == (127).to_bytes(8, "big")
+
+
+@pytest.mark.parametrize("entry", [0, 1, 3])
+def test_runs_of_equal_entries_are_counted(entry: int) -> None:
+    geometry = Geometry(16, 4, has_zero=True)
+    for length in (*range(1, 70), 100, 1023, 1024, 8000):
+        same = array("Q", [entry]) * length
+        for behind in ([], [9], [9, entry], [entry ^ 1] + [entry] * 100):
+            assert geometry.run_length(array("Q", [5]) + same + array("Q", behind), 1) == length
