@@ -16,6 +16,9 @@
     [exports.disk]                           or layers, from top to bottom
     layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
 
+    [exports."sandbox-*"]                    or a pattern: an overlay for every name that is asked for
+    template = {image = "golden.qcow2", directory = "sandboxes", ephemeral = true}
+
     [nodes.disk]                             layers that several exports share
     layers = [{type = "qcow2"}, {type = "file", path = "disk.qcow2"}]
 
@@ -61,6 +64,7 @@ from nbdserver.handshake import TlsMode, encoded
 from nbdserver.layer import Layer
 from nbdserver.limits import (
     CONFIG_FILE_MAX,
+    DISK_MAX,
     EXPORTS_COUNT_MAX,
     FAULT_THREADS,
     FAULT_THREADS_COUNT_MAX,
@@ -75,6 +79,8 @@ from nbdserver.limits import (
     SHOWN_COUNT_MAX,
     SOCKET_PATH_MAX,
     STRING_MAX,
+    TEMPLATE_COUNT_DEFAULT,
+    TEMPLATE_NAME_MAX,
     WORKERS_COUNT_MAX,
 )
 from nbdserver.registry import NOWHERE, Where
@@ -85,7 +91,10 @@ EXPORT_TLS: Final = ("default", "required")
 
 #: Keys of the file, and of the table of an export.
 TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
-EXPORT_KEYS: Final = ("image", "format", "layers", "read_only", "description", "default", "tls")
+EXPORT_KEYS: Final = ("image", "format", "layers", "read_only", "description", "default", "tls", "template")
+
+#: Keys of the template of a pattern.
+TEMPLATE_KEYS: Final = ("image", "format", "directory", "ephemeral", "count_max", "size")
 
 #: Whoever may use the control socket: its owner.
 CONTROL_MODE_DEFAULT: Final = 0o600
@@ -119,8 +128,22 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
+class TemplateConfig:
+    """What an export is made of whose name a client asks for: an overlay on ``image`` (``format`` None: probe), in
+    ``directory``. ``ephemeral``: deleted after the last client. ``size``: the overlays'; None: the image's."""
+
+    image: str
+    format: str | None
+    directory: str
+    ephemeral: bool = False
+    count_max: int = TEMPLATE_COUNT_DEFAULT
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class ExportConfig:
-    """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack.
+    """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack; or, with a
+    ``template``, those that the pattern ``name`` stands for.
 
     ``read_only`` None: not said. ``default``: also served under the empty name. ``where``: for messages. ``nodes``:
     what ``layers`` may name.
@@ -134,6 +157,7 @@ class ExportConfig:
     description: str = ""
     default: bool = False
     tls_required: bool = False
+    template: TemplateConfig | None = None
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -143,8 +167,12 @@ class ExportConfig:
         ``built``: the nodes that there are already, by name; what is built here is entered. Exports that are given the
         same one share them.
 
-        Probes an image that has no format, for which alone a file is opened. Raises ConfigError, ImageError.
+        Probes an image that has no format, for which alone a file is opened. Of a template: its image, which is only
+        read. Raises ConfigError, ImageError.
         """
+        if self.template is not None:
+            golden = self.template.image
+            return registry.image(golden, self.template.format or Files().probe(golden)), True
         if self.layers is not None:
             stacks = _Stacks(self._directory, self.nodes, {} if built is None else built)
             return stacks.build(self.layers, self.where), bool(self.read_only)
@@ -357,6 +385,10 @@ def _exports(tables: Mapping[str, object], file: str, nodes: Mapping[str, NodeCo
 
 
 def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeConfig]) -> ExportConfig:
+    if table.get("template") is not None:
+        return _pattern(name, table, directory, nodes)
+    if "*" in name:
+        table.refuse(None, 'a name with a * is a pattern, and needs a template = {image = "...", directory = "..."}')
     image, format = table.text("image"), table.text("format")
     layers = table.get("layers")
     if (image is None) == (layers is None):
@@ -375,20 +407,66 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         description,
         bool(table.flag("default")) and name != "",
         table.choice("tls", EXPORT_TLS, "default") == "required",
-        table.where,
-        nodes,
+        where=table.where,
+        nodes=nodes,
     )
+
+
+def _pattern(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeConfig]) -> ExportConfig:
+    """An export with a template."""
+    if not is_lawful_pattern(name):
+        table.refuse(
+            "template", "goes with a name that has a * in it, and besides only letters, digits, and not first . _ -"
+        )
+    for key in ("image", "format", "layers", "read_only", "default"):
+        if table.get(key) is not None:
+            table.refuse(key, "is not for a pattern; what its exports are is said in template")
+    description = table.text("description") or ""
+    _check_string(description, table.where, "its description")
+    return ExportConfig(
+        name,
+        description=description,
+        tls_required=table.choice("tls", EXPORT_TLS, "default") == "required",
+        template=_template(table.inner("template", TEMPLATE_KEYS), directory),
+        where=table.where,
+        nodes=nodes,
+    )
+
+
+def _template(table: _Table, directory: str) -> TemplateConfig:
+    image, overlays = table.text("image"), table.text("directory")
+    if image is None or overlays is None:
+        table.refuse("image" if image is None else "directory", "missing")
+    return TemplateConfig(
+        os.path.join(directory, image),
+        table.text("format"),
+        os.path.join(directory, overlays),
+        bool(table.flag("ephemeral")),
+        table.number("count_max", 1, EXPORTS_COUNT_MAX) or TEMPLATE_COUNT_DEFAULT,
+        table.size("size", 1, DISK_MAX),
+    )
+
+
+def is_lawful_pattern(name: str) -> bool:
+    """Whether a name can be a pattern: one that has a ``*`` in it, and stands for single path components only."""
+    return "*" in name and is_lawful_instance(name.replace("*", "x"))
+
+
+def is_lawful_instance(name: str) -> bool:
+    """Whether a pattern may stand for this name."""
+    return len(name) <= TEMPLATE_NAME_MAX and re.fullmatch("[A-Za-z0-9_][A-Za-z0-9._-]*", name, re.ASCII) is not None
 
 
 def _check_buildable(export: ExportConfig) -> None:
     """Hold format and layers to what there is, as far as that needs no file."""
+    format = export.template.format if export.template is not None else export.format
     if export.layers is not None:
         export.build()
-    elif export.format is not None:
+    elif format is not None:
         try:
-            check_format(export.format)
+            check_format(format)
         except ConfigError as error:
-            _refuse(export.where, "format", f"found {_shown(export.format)}: {error.message}")
+            _refuse(export.where, "format", f"found {_shown(format)}: {error.message}")
 
 
 def check_format(format: str) -> None:
@@ -660,6 +738,10 @@ class _Table:
             return size(value, low, high)
         except ValueError as error:
             self.refuse(key, f"found {_shown(value)}, allowed is {error}")
+
+    def inner(self, key: str, allowed: Sequence[str]) -> _Table:
+        """The table that is the key's value."""
+        return _Table(self._values.get(key), Where(self.where.file, f"{self.where.table}.{key}"), allowed)
 
     def table(self, key: str, allowed: Sequence[str]) -> _Table:
         """A table with the keys ``allowed``; empty if it is not there."""

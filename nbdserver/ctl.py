@@ -114,7 +114,8 @@ def _export_table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("EXPORT", "SIZE", "ACCESS", "STATE", "CLIENTS", "LAYERS")]
     for row in rows:
         if "size" not in row:
-            table.append((row["name"], "", "", f"{row['state']}: {row['why']}", "", ""))
+            more = row["why"] if "why" in row else f"{row['instances']} in use"
+            table.append((row["name"], "", "", f"{row['state']}: {more}", "", ""))
             continue
         layers = " ".join(_layer_words(layer) for layer in row["layers"])
         access = "read-only" if row["read_only"] else "writable"

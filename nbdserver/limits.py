@@ -136,6 +136,14 @@ DRAIN_TIMEOUT: Final = 60.0
 #: Connections the kernel queues before they are accepted.
 CONNECTIONS_BACKLOG: Final = 128
 
+#: Names that a pattern stands for: a file name has 255 bytes at most, and the file's has more to say. How many overlays
+#: one pattern makes unless it says another number. Threads that make them, each for milliseconds; and seconds that who
+#: asks for one may wait for the end of the last that was called so.
+TEMPLATE_NAME_MAX: Final = 128
+TEMPLATE_COUNT_DEFAULT: Final = 1024
+TEMPLATE_THREADS: Final = 4
+TEMPLATE_TIMEOUT: Final = 10.0
+
 #: Jobs at once, each of which has a thread; and concluded ones that are remembered until they are dismissed.
 JOBS_COUNT_MAX: Final = 64
 JOBS_CONCLUDED_COUNT_MAX: Final = 64

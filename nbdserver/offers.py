@@ -12,6 +12,7 @@ A change is one step for clients: whoever looks sees all of it or nothing. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from nbdserver.errors import ConfigError
 from nbdserver.handshake import ExportInfo, Handshake, Unavailable
+from nbdserver.limits import EXPORTS_COUNT_MAX
 
 
 class Connection(Protocol):
@@ -31,11 +33,22 @@ class Connection(Protocol):
     def disconnect(self) -> None: ...
 
 
+class Maker(Protocol):
+    """Whoever makes exports when their names are asked for: `templates.Template`."""
+
+    def info(self, name: str) -> ExportInfo | None:
+        """What a client is told of the export of that name, which is not there yet; None: it is not this maker's."""
+
+    def make(self, name: str) -> Any:
+        """The export, not offered yet. May block. Raises Unavailable."""
+
+
 class Offered(Protocol):
-    """What an export is, here. The last three belong to `Offers`."""
+    """What an export is, here. ``made_by``: it goes when its last client does. The last three belong to `Offers`."""
 
     name: str
     info: ExportInfo
+    made_by: Maker | None
     clients: set[Client]
     is_leaving: bool
     is_ending: bool
@@ -88,6 +101,8 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
         #: By name, those that take clients. Read only.
         self.exports: dict[str, AnyExport] = {}
         self._leaving: set[AnyExport] = set()
+        #: Who makes more, when they are asked for: the first that knows a name.
+        self.makers: Sequence[Maker] = ()
         #: The export that the empty name stands for.
         self._default: str | None = None
 
@@ -105,8 +120,13 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
     # -- what clients see ------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> ExportInfo:
-        with self._lock:
+        with self._lock, contextlib.suppress(KeyError):
             return self._find(name).info
+        for maker in self.makers:
+            info = maker.info(name)
+            if info is not None:
+                return info
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
@@ -123,6 +143,13 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
         if name == "" and self._default is not None:
             name = self._default
         return self.exports[name]
+
+    def maker_of(self, name: str) -> Maker | None:
+        """Who would make the export of that name; None: it is there, or nobody."""
+        with self._lock, contextlib.suppress(KeyError):
+            self._find(name)
+            return None
+        return next((maker for maker in self.makers if maker.info(name) is not None), None)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -147,9 +174,7 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
                     raise ConfigError(f"export {export.name!r} has {count} client{'s' if count > 1 else ''}")
             exports = {name: export for name, export in self.exports.items() if export not in leaving}
             for export in add:
-                if export.name in exports:
-                    raise ConfigError(f"there is an export {export.name!r} already")
-                exports[export.name] = export
+                _add(exports, export)
             self._set_default(exports, default)
             self.exports.clear()
             self.exports.update(exports)
@@ -185,22 +210,31 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
                 export = self._find(name)
             except KeyError:
                 raise Unavailable("the export has just been removed") from None
-            if client.is_gone:
-                raise Unavailable("the client has gone")
-            client.export = export
-            export.clients.add(client)
+            _admit(client, export)
             return export
+
+    def offer_to(self, client: Client, export: AnyExport) -> None:
+        """Offer one more export, whose first client is there: in one step, as it would be gone with the last. Raises
+        Unavailable, ConfigError; it is not offered then."""
+        with self._lock:
+            exports = dict(self.exports)
+            _add(exports, export)
+            _admit(client, export)
+            self.exports.update(exports)
 
     def leave(self, client: Client) -> AnyExport | None:
         """The client has gone; an export that takes no others and has no more clients is the caller's to end."""
         with self._lock:
             client.is_gone = True
-            export: Any = client.export
-            if export is None:
+            if client.export is None:
                 return None
-            export.clients.discard(client)
-            taken: AnyExport | None = export if self._take_idle(export) else None
-            return taken
+            client.export.clients.discard(client)
+            export: AnyExport = client.export  # type: ignore[assignment]
+            if export.made_by is not None and not export.clients and not export.is_leaving:
+                del self.exports[export.name]
+                export.is_leaving = True
+                self._leaving.add(export)
+            return export if self._take_idle(export) else None
 
     def clients_of(self, export: AnyExport) -> list[Client]:
         with self._lock:
@@ -230,3 +264,18 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
         """It is over."""
         with self._lock:
             self._leaving.discard(export)
+
+
+def _add(exports: dict[str, AnyExport], export: AnyExport) -> None:
+    if export.name in exports:
+        raise ConfigError(f"there is an export {export.name!r} already")
+    if len(exports) >= EXPORTS_COUNT_MAX:
+        raise ConfigError(f"there are {EXPORTS_COUNT_MAX} exports already")
+    exports[export.name] = export
+
+
+def _admit(client: Client, export: Offered) -> None:
+    if client.is_gone:
+        raise Unavailable("the client has gone")
+    client.export = export
+    export.clients.add(client)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -29,7 +30,7 @@ from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestErr
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files, block_limits
 from nbdserver.graph import Graph, Leaf, execute, flatten, walk
-from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, StartTls, TlsMode
+from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, StartTls, TlsMode, Unavailable
 from nbdserver.jobs import Jobs
 from nbdserver.layer import Layer, finish
 from nbdserver.limits import (
@@ -42,10 +43,12 @@ from nbdserver.limits import (
     POOL_DEFAULT,
     STATUS_COUNT_MAX,
     STOP_TIMEOUT,
+    TEMPLATE_THREADS,
+    TEMPLATE_TIMEOUT,
     WORKERS_MAX,
 )
 from nbdserver.listening import Listener, bind
-from nbdserver.offers import KEEP, Client, Keep, Offers, Removal
+from nbdserver.offers import KEEP, Client, Keep, Maker, Offers, Removal
 from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
 from nbdserver.tls import NO_TLS, TlsConfig
@@ -166,7 +169,10 @@ class Export:
         self.name, self.root, self.info, self.engine_export = name, root, info, engine_export
         self._effects, self._graph = effects, graph
         self._unsubscribe = graph.subscribe(root, engine_export.changed)
+        #: Is called when it is over and its layers are closed.
+        self.after_end: Callable[[], None] = lambda: None
         #: See `offers.Offered`.
+        self.made_by: Maker | None = None
         self.clients: set[Client] = set()
         self.is_leaving = self.is_ending = False
         #: Set when it is over: its layers are closed.
@@ -425,6 +431,8 @@ class Server:
         self._clients: dict[tuple[int, int], Client] = {}
         self._client_numbers = itertools.count(1)
         self._threads: list[threading.Thread] = []
+        #: Where exports are made that are asked for.
+        self._makers = concurrent.futures.ThreadPoolExecutor(TEMPLATE_THREADS, "nbd-make")
         #: Threads that end exports whose last client has left.
         self._enders: set[threading.Thread] = set()
         #: Those that are accepted on, once started: first those of ``listen``.
@@ -583,9 +591,12 @@ class Server:
             with self.changing():
                 export.close()
         finally:
-            self._by_id.pop(export.engine_export.id, None)
-            self._offers.forget(export)
-            export.ended.set()
+            try:
+                export.after_end()
+            finally:
+                self._by_id.pop(export.engine_export.id, None)
+                self._offers.forget(export)
+                export.ended.set()
 
     def resize(self, name: str, size: int) -> None:
         """Give the export's disk another size, in bytes. Raises ConfigError, RequestError (the layers cannot),
@@ -639,6 +650,10 @@ class Server:
         if export is None:
             raise ConfigError(f"there is no export {name!r}")
         return export
+
+    def use_makers(self, makers: Sequence[Maker]) -> None:
+        """Have these make exports that are asked for and not there, and no others."""
+        self._offers.makers = tuple(makers)
 
     @property
     def opened(self) -> list[Export]:
@@ -733,7 +748,10 @@ class Server:
         except TimeoutError as error:
             self._log(str(error))
         self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
-        for thread in (*self._threads, *self._enders):
+        for thread in self._threads:
+            thread.join()
+        self._makers.shutdown()
+        for thread in list(self._enders):
             thread.join()
         for listener in self.listeners:
             listener.close()
@@ -815,7 +833,20 @@ class Server:
         client = self._clients.get(event.connection)
         if client is None or client.handshake is None:
             return  # it has begun transmission or ended: nothing more is asked of us
-        handshake = client.handshake
+        if event.kind == "option" and event.code in (Option.GO, Option.EXPORT_NAME) and self._offers.makers:
+            self._makers.submit(self._answer_alone, event, client, client.handshake)
+        else:
+            self._answer(event, client, client.handshake)
+
+    def _answer_alone(self, event: _engine.Event, client: Client, handshake: Handshake) -> None:
+        """`_answer`, on a thread where it may take its time."""
+        try:
+            self._answer(event, client, handshake)
+        except Exception:
+            _log.exception("handshake failed")
+            event.end(b"")
+
+    def _answer(self, event: _engine.Event, client: Client, handshake: Handshake) -> None:
         action: Action | None = None
         if event.kind == "insecure":
             self._log(f"{handshake.peer}: TLS could not begin: {event.reason}")
@@ -860,7 +891,26 @@ class Server:
         return self._offers
 
     def _enter(self, client: Client, name: str) -> ExportInfo:
+        """Make the client one of the export's, which may have to be made. Raises Unavailable."""
+        while (maker := self._offers.maker_of(name)) is not None:
+            for export in self.leaving:
+                if export.name == name and not export.ended.wait(TEMPLATE_TIMEOUT):
+                    raise Unavailable(f"the last export {name!r} has not ended yet")
+            with self.changing():
+                if any(export.name == name for export in self.leaving):
+                    continue
+                if self._offers.maker_of(name) is maker:
+                    return self._make(maker, client, name).info
         return self._offers.enter(client, name).info
+
+    def _make(self, maker: Maker, client: Client, name: str) -> Export:
+        export: Export = maker.make(name)
+        try:
+            self._offers.offer_to(client, export)
+        except (Unavailable, ConfigError) as error:
+            self.end(export)
+            raise Unavailable(str(error)) from error
+        return export
 
     def _begin(self, event: _engine.Event, action: Begin, client: Client) -> None:
         assert isinstance(client.export, Export), "entered before it was answered"

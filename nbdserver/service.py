@@ -36,6 +36,7 @@ from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
 from nbdserver.listening import Listener
 from nbdserver.offers import KEEP, Removal
+from nbdserver.templates import Template
 
 if TYPE_CHECKING:
     from nbdserver.server import Export, Server
@@ -53,18 +54,19 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(eq=False)
 class Configured:
-    """An export of the configuration. ``disk``: what its disk is made of; ``export``: None unless it is served, and
-    then ``why`` says the reason."""
+    """An export of the configuration. ``disk``: what its disk is made of; ``export`` (of a pattern: ``template``): None
+    unless it is served, and then ``why`` says the reason."""
 
     config: ExportConfig
     disk: object
     export: Export | None = None
+    template: Template | None = None
     why: str = ""
     state: State = State.SERVED
 
     @property
     def is_served(self) -> bool:
-        return self.export is not None and not self.export.is_leaving
+        return self.template is not None or (self.export is not None and not self.export.is_leaving)
 
     def wait(self, why: str) -> None:
         self.state, self.why = State.WAITING, why
@@ -143,6 +145,11 @@ class Service:
         """Open every export, telling ``opened`` of each, and serve. When it fails, `stop` has still to be called."""
         disks = Disks(self._config)
         for wanted in self._config.exports:
+            if wanted.template is not None:
+                with placed(wanted):
+                    template = Template(wanted, self.server, roots=self._config.roots, log=self._log)
+                self._configured[wanted.name] = Configured(wanted, disks.of(wanted), template=template)
+                continue
             layer, read_only = wanted.build(self._nodes)
             self._say_probed(wanted, read_only)
             with placed(wanted):
@@ -152,6 +159,7 @@ class Service:
             self._configured[wanted.name] = Configured(wanted, disks.of(wanted), export)
             tls = wanted.tls_required or self._config.tls.mode is TlsMode.REQUIRED
             opened({**row_of(wanted, layer, read_only), "tls": tls})
+        self._use_templates()
         self.server.start()
         self._listeners = dict(zip(self._config.listen, self.server.listeners, strict=True))
         self.server.on_end = self._ended
@@ -159,7 +167,11 @@ class Service:
     def stop(self) -> None:
         """`Server.stop`."""
         self._is_over.set()
-        self.server.stop()
+        with contextlib.ExitStack() as ending:
+            for configured in self._configured.values():
+                if configured.template is not None:
+                    ending.callback(configured.template.close)
+            ending.callback(self.server.stop)
 
     def _options(self, wanted: ExportConfig, read_only: bool) -> dict[str, Any]:
         return {"read_only": read_only, "description": wanted.description, "tls_required": wanted.tls_required}
@@ -180,14 +192,15 @@ class Service:
         with self._lock:
             wanted = self._reread()
             plan = _Plan(self._config, wanted, self._configured)
-            self._check_names(plan)
             with self.server.changing(), contextlib.ExitStack() as undo:
+                self._check_names(plan)
                 bound = self._bind(wanted, undo)
                 nodes = {name: layer for name, layer in self._nodes.items() if plan.keeps(name)}
                 opened = self._open_all(plan, nodes, undo)
                 undo.pop_all()
                 self._nodes = nodes
-            return self._commit(plan, opened, bound, mode)
+                self._switch(plan, opened, mode)
+            return self._finish(plan, bound, mode)
 
     def _check_names(self, plan: _Plan) -> None:
         for export in plan.new:
@@ -221,23 +234,41 @@ class Service:
                     configured.wait(ahead)
                 else:
                     try:
-                        configured.export = self._open(plan.wanted, wanted, nodes)
-                        undo.callback(self.server.end, configured.export)
+                        self._open(plan.wanted, configured, nodes)
+                        undo.callback(self._close, configured)
                     except BusyError as busy:
                         self._try(plan, wanted, busy)
                         configured.wait(str(busy))
             opened[wanted.name] = configured
         return opened
 
-    def _open(self, config: Config, wanted: ExportConfig, nodes: dict[str, Layer]) -> Export:
-        """The export, not offered yet; ``nodes`` are those that it may share, and gains those that it makes."""
+    def _open(self, config: Config, configured: Configured, nodes: dict[str, Layer]) -> None:
+        """Open the export, and do not offer it yet; ``nodes`` are those that it may share, and gains those that it
+        makes."""
+        wanted = configured.config
+        if wanted.template is not None:
+            with placed(wanted):
+                configured.template = Template(wanted, self.server, roots=config.roots, log=self._log)
+            return
         known = {name: layer for name, layer in nodes.items() if self.server.is_open(layer)}
         layer, read_only = wanted.build(known)
         self._say_probed(wanted, read_only)
         with placed(wanted):
-            export = self.server.open(wanted.name, layer, roots=config.roots, **self._options(wanted, read_only))
+            configured.export = self.server.open(
+                wanted.name, layer, roots=config.roots, **self._options(wanted, read_only)
+            )
         nodes.update(known)
-        return export
+
+    def _close(self, configured: Configured) -> None:
+        """End what has been opened, and not offered."""
+        if configured.export is not None:
+            self.server.end(configured.export)
+        if configured.template is not None:
+            configured.template.close()
+
+    def _use_templates(self) -> None:
+        templates = [configured.template for configured in self._configured.values()]
+        self.server.use_makers([template for template in templates if template is not None])
 
     def _try(self, plan: _Plan, wanted: ExportConfig, busy: BusyError) -> None:
         """See whether the export could be opened once those have ended that are to leave. Raises what opening would,
@@ -250,16 +281,18 @@ class Service:
                 still.enter_context(export.drained())  # what is on the disk is whole then
             trial(plan.wanted, wanted)
 
-    def _commit(self, plan: _Plan, opened: dict[str, Configured], bound: dict[str, Listener], mode: Removal) -> Reload:
-        """Make the plan so. Nothing fails here but the closing of images, which is logged."""
-        report = plan.report
-        kept = {name: self._configured[name] for name in report.unchanged}
+    def _switch(self, plan: _Plan, opened: dict[str, Configured], mode: Removal) -> None:
+        """Make the plan so, for clients. Nothing fails here but the closing of images, which is logged."""
+        kept = {name: self._configured[name] for name in plan.report.unchanged}
         self._config, self._configured = plan.wanted, {**kept, **opened}
         for wanted in plan.wanted.exports:
             configured = self._configured[wanted.name]
             configured.config = wanted
             if configured.export is not None:
                 configured.export.describe(wanted.description)
+            if configured.template is not None:
+                configured.template.description = wanted.description
+        self._use_templates()
         try:
             self.server.change(
                 add=[configured.export for configured in opened.values() if configured.export is not None],
@@ -267,8 +300,14 @@ class Service:
                 default=next((wanted.name for wanted in plan.wanted.exports if self._is_default(wanted)), None),
                 mode=mode,
             )
+            for template in plan.leaving_templates:
+                template.close()
         except (NbdserverError, OSError) as error:
             self._log(f"an export that was removed did not end well: {error}")
+
+    def _finish(self, plan: _Plan, bound: dict[str, Listener], mode: Removal) -> Reload:
+        """What comes after, and the report."""
+        report = plan.report
         self._listen(bound, report)
         if mode is Removal.HARD:
             for export in plan.leaving:
@@ -303,7 +342,7 @@ class Service:
 
     def _ended(self, export: Export) -> None:
         """An export is over: whoever has waited for its files may have them."""
-        if not self._is_over.is_set():
+        if not self._is_over.is_set() and export.made_by is None:
             self._log(f"export {export.name!r} has ended")
             self._open_waiting()
 
@@ -319,8 +358,10 @@ class Service:
         wanted = configured.config
         try:
             with self.server.changing():
-                export = self._open(self._config, wanted, self._nodes)
-                self.server.change(add=[export], default=wanted.name if wanted.default else KEEP)
+                self._open(self._config, configured, self._nodes)
+                if configured.export is not None:
+                    self.server.change(add=[configured.export], default=wanted.name if wanted.default else KEEP)
+                self._use_templates()
         except BusyError as busy:
             configured.wait(str(busy))
             if not any(_holds(export, busy) for export in self.server.leaving):
@@ -328,7 +369,7 @@ class Service:
         except (NbdserverError, OSError) as error:
             self._give_up(configured, error)
         else:
-            configured.export, configured.state, configured.why = export, State.SERVED, ""
+            configured.state, configured.why = State.SERVED, ""
             self._log(f"export {wanted.name!r} is served")
 
     def _give_up(self, configured: Configured, error: Exception) -> None:
@@ -412,7 +453,10 @@ class Service:
         exports = [*sorted(self.server.exports.values(), key=lambda export: export.name), *self.server.leaving]
         rows = [self._row(export) for export in exports]
         for configured in list(self._configured.values()):
-            if configured.export is None:
+            if configured.template is not None:
+                count = len(configured.template.instances)
+                rows.append({"name": configured.config.name, "state": "template", "instances": count})
+            elif configured.export is None:
                 wanted = configured.config
                 rows.append({"name": wanted.name, "state": configured.state.value, "why": configured.why})
         return rows
@@ -428,6 +472,7 @@ class Service:
             "description": info.description,
             "default": self.server.default == export.name and not export.is_leaving,
             "configured": configured is not None and configured.export is export,
+            "template": None if export.made_by is None else getattr(export.made_by, "name", None),
             "layers": [
                 {"path": path, "type": layer.type, "filename": layer.filename} for path, layer in walk(export.root)
             ],
@@ -454,6 +499,7 @@ class _Plan:
         self.report.removed = [name for name in configured if name not in self.disks]
         going = [there for name, there in configured.items() if name not in self.report.unchanged]
         self.leaving = [there.export for there in going if there.export is not None and there.is_served]
+        self.leaving_templates = [there.template for there in going if there.template is not None]
 
     def keeps(self, node: str) -> bool:
         """Whether the node is made of what it was."""

@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class Notes:
         self.calls.append("export")
         self.graph.open(layer, FileOpener(self.graph, Files(), read_only=options["read_only"]))
         self.exports[name] = {"layer": layer, **options}
+
+    def use_makers(self, makers: Sequence[Any]) -> None:
+        assert not makers
 
     def start(self) -> None:
         self.calls.append("start")

@@ -254,7 +254,7 @@ def test_enormous_integer(load: Load) -> None:
     assert message(load, "x = " + "9" * 5000).startswith("is not TOML: ")
 
 
-ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, default, tls"
+ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, default, tls, template"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from nbdserver.errors import ConfigError
 from nbdserver.handshake import ExportInfo, Unavailable
-from nbdserver.offers import Client, Offers
+from nbdserver.offers import Client, Maker, Offers
 
 
 @dataclasses.dataclass(eq=False)
@@ -16,6 +16,7 @@ class Disk:
     """An export that serves nothing."""
 
     name: str
+    made_by: Maker | None = None
     clients: set[Client] = dataclasses.field(default_factory=set)
     is_leaving: bool = False
     is_ending: bool = False
