@@ -35,6 +35,7 @@ from nbdserver.limits import (
     CONTROL_LINE_MAX,
     CONTROL_REPLY_MAX,
     CONTROL_SEND_TIMEOUT,
+    CONTROL_STOP_TIMEOUT,
     SHOWN_COUNT_MAX,
 )
 from nbdserver.listening import unix_socket
@@ -74,7 +75,6 @@ class Control:
         self.path, self._commands, self._mode, self._log = os.path.abspath(path), commands, mode, log
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
-        self._stopping = False
 
     def start(self) -> None:
         """Raises ConfigError."""
@@ -89,16 +89,18 @@ class Control:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more commands; those that run go on, and their clients are not answered."""
+        """Take no more commands. Those that run are answered, if they end within CONTROL_STOP_TIMEOUT."""
         self._wake.close()
         self._thread.join()
         self._listener.close()
         self._woken.close()
         with self._lock:
-            self._stopping = True
             connections = list(self._connections)
         for connection in connections:
-            connection.hang_up()
+            connection.hush()
+        deadline = time.monotonic() + CONTROL_STOP_TIMEOUT
+        for connection in connections:
+            connection.ended.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(self.path)
             if (status.st_dev, status.st_ino) == self._identity:
@@ -158,6 +160,7 @@ class Control:
         try:
             connection.serve()
         finally:
+            connection.ended.set()
             with self._lock:
                 self._connections.discard(connection)
 
@@ -203,6 +206,7 @@ class _Connection:
         self._socket, self._answer = accepted, answer
         self.is_busy = False
         self.since = time.monotonic()
+        self.ended = threading.Event()
 
     def refuse(self, why: str) -> None:
         with self._socket:
@@ -211,6 +215,11 @@ class _Connection:
     def hang_up(self) -> None:
         with contextlib.suppress(OSError):  # it has gone already
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def hush(self) -> None:
+        """Hear no more; who waits for a reply still gets it."""
+        with contextlib.suppress(OSError):  # it has gone already
+            self._socket.shutdown(socket.SHUT_RD)
 
     def serve(self) -> None:
         with self._socket, contextlib.suppress(OSError):  # whatever is wrong with the socket, nobody is left to be told

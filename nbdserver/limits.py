@@ -149,10 +149,12 @@ JOBS_COUNT_MAX: Final = 64
 JOBS_CONCLUDED_COUNT_MAX: Final = 64
 
 #: The control socket: the longest line, as a long list of layers; connections at once, each of which has a thread;
-#: seconds that a reply may take to be read. As a client of it: the longest reply, as thousands of exports with clients.
+#: seconds that a reply may take to be read, and that a server which stops waits for commands to end. As a client of it:
+#: the longest reply, as thousands of exports with clients.
 CONTROL_LINE_MAX: Final = 64 * KIB
 CONTROL_CONNECTIONS_COUNT_MAX: Final = 16
 CONTROL_SEND_TIMEOUT: Final = 10.0
+CONTROL_STOP_TIMEOUT: Final = 2.0
 CONTROL_REPLY_MAX: Final = 64 * MIB
 
 #: As a client (``nbdserver list URI``): seconds to wait for a server that says nothing; the largest reply, a name and a

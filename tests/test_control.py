@@ -262,6 +262,22 @@ def test_another_user_is_refused(path: str, log: list[str], monkeypatch: pytest.
     assert log == ["control: user 777 has been refused"]
 
 
+def test_commands_that_run_at_the_end_are_answered(path: str, commands: Commands, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    server = Control(other, commands.table(), log=print)
+    server.start()
+    client, idle = Wired(other), Wired(other)
+    client.send({"execute": "wait"})
+    client.send({"execute": "wait", "id": "too late"})
+    assert commands.entered.acquire(timeout=SOON)
+    stopping = threading.Thread(target=server.stop)
+    stopping.start()
+    assert idle.receive() is None
+    commands.released.set()
+    assert client.receive() == {"return": None}
+    stopping.join(SOON)
+
+
 def test_the_socket_is_its_owners_alone(path: str) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
