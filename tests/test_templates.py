@@ -446,8 +446,9 @@ def test_an_unchanged_template_is_not_touched_and_a_changed_one_counts_for_new_n
     assert sandboxes.service.reload().changed == ["sandbox-*"]
     assert read(client) == b"g"
     assert sandboxes.service.server.exports["sandbox-1"].info.size == MIB
-    sandboxes.connect("sandbox-2")
+    other = sandboxes.connect("sandbox-2")
     assert sandboxes.service.server.exports["sandbox-2"].info.size == 2 * MIB
+    assert read(other) == b"g"
     rows = {row["name"]: row for row in sandboxes.service.rows()}
     assert rows["sandbox-*"] == {"name": "sandbox-*", "state": "template", "instances": 1}
     assert rows["sandbox-1"]["template"] == rows["sandbox-2"]["template"] == "sandbox-*"
@@ -465,8 +466,9 @@ def test_a_reload_that_fails_leaves_the_template(sandboxes: Sandboxes) -> None:
     with pytest.raises(ConfigError, match="there is an export 'sandbox-1' already"):
         sandboxes.service.reload()
     assert read(client) == b"g"
-    sandboxes.connect("sandbox-2")
+    other = sandboxes.connect("sandbox-2")
     assert sandboxes.service.server.exports["sandbox-2"].info.size == MIB
+    assert read(other) == b"g"
 
 
 def test_an_instance_is_removed_by_hand(sandboxes: Sandboxes) -> None:
