@@ -25,6 +25,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `snapshots`      made, applied, deleted       `points`      what it takes to pass a point in time
 `snapshot_table` the table of them            `references`  what L2 tables refer to
 `head`           the header's fields that change at points in time
+`marks`          dirty and corrupt
 `bitmaps`        dirty bitmaps, kept true     `bitmap_store` into the file, safe at every instant
 `bitmap_directory` as the file has them
 `create`         new images                   `compose`     the first cluster, put together
@@ -36,7 +37,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 ================ ============================================================================
 
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:
-encryption, unknown incompatible features; for writing also the dirty and corrupt bits.
+encryption, unknown incompatible features; for writing also images that are marked as corrupt.
 """
 
 from layers.qcow2.layer import Qcow2

@@ -15,6 +15,7 @@ from layers.ondisk.qcow2 import (
     AUTOCLEAR_AT,
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_DATA_FILE_RAW,
+    COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_TYPE_AT,
     COMPRESSION_ZLIB,
     COMPRESSION_ZSTD,
@@ -96,6 +97,11 @@ class Header:
         return os.fsdecode(name) if name else None
 
     @property
+    def is_lazy(self) -> bool:
+        """Whether refcounts may be written late."""
+        return bool(self.compatible & COMPATIBLE_LAZY_REFCOUNTS)
+
+    @property
     def is_raw(self) -> bool:
         """Whether the external data file is, and is to stay, a raw image of the disk by itself."""
         return bool(self.autoclear & AUTOCLEAR_DATA_FILE_RAW)
@@ -114,12 +120,7 @@ def check_writable(header: Header, path: str | None) -> None:
     """Raise ImageError if the image may be read but not written."""
     if header.incompatible & INCOMPATIBLE_CORRUPT:
         raise ImageError(
-            "is marked as corrupt and can only be opened read-only; repair it with qemu-img check -r all", path=path
-        )
-    if header.incompatible & INCOMPATIBLE_DIRTY:
-        raise ImageError(
-            "has the dirty bit set (lazy refcounts, not closed cleanly), so its refcounts need repair before it can "
-            "be written: open it read-only, or run qemu-img check -r all",
+            "is marked as corrupt and can only be opened read-only; repair it with nbdserver image check --repair all",
             path=path,
         )
     if header.geometry.has_data_file and header.snapshots_count:

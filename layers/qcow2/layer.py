@@ -6,12 +6,20 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
-from layers.ondisk.qcow2 import AUTOCLEAR_AT, AUTOCLEAR_BITMAPS, AUTOCLEAR_FIELD, EXTENSION_BITMAPS, INCOMPATIBLE_DIRTY
+from layers.ondisk.qcow2 import (
+    AUTOCLEAR_AT,
+    AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_FIELD,
+    EXTENSION_BITMAPS,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
+)
 from layers.qcow2 import status
 from layers.qcow2.bitmap_directory import check_recordable, read_directory
 from layers.qcow2.bitmap_store import BitmapStore
@@ -24,16 +32,17 @@ from layers.qcow2.header import KEPT, Header, check_writable, read_header
 from layers.qcow2.host import DataFile, InImage
 from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
+from layers.qcow2.marks import Marks
 from layers.qcow2.measure import measure
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Order
 from layers.qcow2.points import Image
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
-from layers.qcow2.repair import check
+from layers.qcow2.repair import check, clean_up
 from layers.qcow2.snapshot_table import Entry, find, read_table
 from layers.qcow2.snapshots import Snapshots, shown
-from layers.qcow2.storage import Storage
+from layers.qcow2.storage import CorruptImage, Storage
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
@@ -43,6 +52,8 @@ from nbdserver.graph import attach, bare, reach
 from nbdserver.layer import BASE_ALLOCATION, DIRTY_BITMAP, Buffers, Layer, Opener
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +69,8 @@ class Qcow2(Layer):
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
     l2_cache_size: Size = L2_CACHE_DEFAULT
     refcount_cache_size: Size = REFCOUNT_CACHE_DEFAULT
+    #: Whether refcounts may be written late, so that they are counted anew after a crash. By default as the image says.
+    lazy_refcounts: bool | None = None
     #: Whether the file's storage is given back of clusters that zeroing and trimming free; that applying and deleting
     #: snapshots frees; that anything else frees.
     pass_discard_request: bool = True
@@ -88,6 +101,7 @@ class Qcow2(Layer):
         self._bitmaps: Bitmaps | None = None
         #: What `dirty_log` is while there are bitmaps to mark in.
         self._log: DirtyLog | None = None
+        self._marks: Marks | None = None
         self._is_preallocated: bool | None = None
 
     # -- making images ----------------------------------------------------------------------------------------------
@@ -122,7 +136,8 @@ class Qcow2(Layer):
     # -- life -------------------------------------------------------------------------------------------------------
 
     def open(self, opener: Opener) -> None:
-        self._header = header = self._header or read_header(self.file)
+        is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
+        self._header = header = self._header or self._read_header(is_read_only)
         if self.backing is None and header.backing_name is not None:
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
@@ -130,7 +145,6 @@ class Qcow2(Layer):
         # Bitmaps are the live disk's; a snapshot has none.
         named = header if self.snapshot is None else dataclasses.replace(header, extensions={})
         self._bitmaps = Bitmaps(storage, named, size=lambda: self.size, make=self._new_bits, track=self._mark_in)
-        is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
         self._open_data_file(header, opener, is_read_only)
         if self.data_file is not None:
             data = Storage(self.data_file, header.geometry.cluster_size)
@@ -146,6 +160,15 @@ class Qcow2(Layer):
         else:
             check_writable(header, self.filename)
             self._open_writable(storage, data, header)
+
+    def _read_header(self, is_read_only: bool) -> Header:
+        """The header of an image whose refcounts are right, if they are going to be used."""
+        header = read_header(self.file)
+        if header.incompatible & INCOMPATIBLE_DIRTY and not is_read_only:
+            check_writable(header, self.filename)
+            clean_up(self.file)
+            header = read_header(self.file)
+        return header
 
     def _open_data_file(self, header: Header, opener: Opener, is_read_only: bool) -> None:
         """Open the external data file if the image has one that the configuration does not give."""
@@ -187,7 +210,10 @@ class Qcow2(Layer):
         if EXTENSION_BITMAPS in header.extensions and not bitmaps.entries:
             self._forget_bitmaps()
         self._reader = Reader(storage, data, header, mapping, self._lock, self.backing or None)
-        order = Order(storage, self._lock, mapping, refcounts, head, host if isinstance(host, DataFile) else None)
+        self._marks = marks = Marks(storage, header)
+        data_file = host if isinstance(host, DataFile) else None
+        is_lazy = header.is_lazy if self.lazy_refcounts is None else self.lazy_refcounts and header.version >= 3
+        order = Order(storage, self._lock, mapping, refcounts, head, data_file, marks if is_lazy else None)
         self._writer = Writer(
             self._reader,
             mapping,
@@ -275,7 +301,8 @@ class Qcow2(Layer):
 
     def close(self) -> None:
         try:
-            if self._bitmaps is not None:
+            is_condemned = self._writer is not None and self._writer.is_condemned
+            if self._bitmaps is not None and not is_condemned:
                 self._bitmaps.stop()
         finally:
             if self._writer is not None:
@@ -328,14 +355,16 @@ class Qcow2(Layer):
 
     @property
     def dirty_flag(self) -> bool:
+        if self._marks is not None:
+            return self._marks.has(INCOMPATIBLE_DIRTY)
         return bool(self.header.incompatible & INCOMPATIBLE_DIRTY)
 
     # -- where the bytes live ---------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
-        if intent is Intent.ZERO:
-            return _joined(self._resolve_zero(offset, length))
-        return _joined(self._resolve(offset, length, intent))
+        zero = intent is Intent.ZERO
+        extents = self._resolve_zero(offset, length) if zero else self._resolve(offset, length, intent)
+        return self._watched(_joined(extents))
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if child not in (self.backing, self.data_file):
@@ -392,21 +421,52 @@ class Qcow2(Layer):
 
     def read(self, request: Request) -> None:
         start, end = self.reader.geometry.span(request.offset, request.end)
-        with self._clusters.shared(start, end - start):
+        with self._watch(), self._clusters.shared(start, end - start):
             self.reader.read(request)
 
     def write(self, request: Request) -> None:
-        self.writer.write(request)
+        with self._watch():
+            self.writer.write(request)
 
     def zero(self, request: Request) -> None:
-        self.writer.zero(request)
+        with self._watch():
+            self.writer.zero(request)
 
     def trim(self, request: Request) -> None:
-        self.writer.trim(request)
+        with self._watch():
+            self.writer.trim(request)
 
     def flush(self) -> None:
         if self._writer is not None:
-            self._writer.flush()
+            with self._watch():
+                self._writer.flush()
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Condemn the image if its metadata turns out to be wrong: nothing is written any more, here or elsewhere."""
+        try:
+            yield
+        except CorruptImage as error:
+            if self._writer is not None and error.storage in (self.reader.storage, self.reader.data):
+                self._condemn(self._writer, error)
+            raise
+
+    def _watched(self, extents: Iterator[Extent]) -> Iterator[Extent]:
+        with self._watch():
+            yield from extents
+
+    def _condemn(self, writer: Writer, error: CorruptImage) -> None:
+        with self._lock:
+            if writer.is_condemned:
+                return
+            writer.condemn(error)
+        self.changed(0, self.size)
+        log.error("%s; the image is marked as corrupt, and takes no more writes", error)
+        assert self._marks is not None
+        try:
+            self._marks.set(INCOMPATIBLE_CORRUPT)
+        except (OSError, RequestError) as failure:
+            log.error("%s: cannot be marked as corrupt: %s", self.filename, failure)
 
     def make_empty(self) -> None:
         self.writer.make_empty()

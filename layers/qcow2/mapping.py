@@ -21,8 +21,7 @@ from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut
 from layers.qcow2.refcounts import Refcounts
 from layers.qcow2.references import clear_copied
-from layers.qcow2.storage import Storage
-from nbdserver.errors import ImageError
+from layers.qcow2.storage import CorruptImage, Storage
 
 
 class Mapping:
@@ -71,7 +70,7 @@ class Mapping:
                     raise self.bad_entry(bad.start, bad.found, bad.wanted, place) from bad
             cluster = limit
 
-    def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> ImageError:
+    def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> CorruptImage:
         """The ImageError for what the L2 entry of the guest cluster that begins at ``start`` says."""
         index, at = divmod(start // self._geometry.cluster_size, self._geometry.l2_entries)
         table = table or self._l1.entries[index] & OFFSET_MASK

@@ -71,25 +71,35 @@ same reasons: what may be in the file already is of a cut whose refcounts were d
 released. Only a failed *sync* is final. What it lost, nobody knows; so from then on no metadata is written, every
 flush fails, and the image in the file stays as its last good flush left it, data written in place apart.
 
+*Lazy refcounts*, if the image asks for them: refcount blocks are not part of a cut, as long as the refcount table is as
+it is in the file. Before the first cut that lacks some, the image is marked as dirty, durably; who opens it then counts
+all references anew before using a refcount or a COPIED flag, so that the rules about those need not hold. What is left
+of the order is what keeps data: what is written goes before what names it, and nothing that the file may still name is
+written over. Closing brings the blocks into the file, and then takes the mark away.
+
 A crash loses at most refcounts of clusters taken and never linked (leaks, which ``qemu-img check -r leaks`` takes
 back), and what was not flushed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from layers.ondisk.qcow2 import INCOMPATIBLE_DIRTY
 from layers.qcow2.cache import Table, Write
 from layers.qcow2.intervals import common, counted, joined
+from nbdserver.errors import ImageError
 from nbdserver.layer import finish
 
 if TYPE_CHECKING:
     from layers.qcow2.head import Head
     from layers.qcow2.host import DataFile
     from layers.qcow2.mapping import WritableMapping
+    from layers.qcow2.marks import Marks
     from layers.qcow2.refcounts import Refcounts
     from layers.qcow2.storage import Storage
 
@@ -168,9 +178,12 @@ class Order:
         refcounts: Refcounts,
         head: Head,
         data_file: DataFile | None,
+        lazy: Marks | None,
     ) -> None:
+        """``lazy``: marks the image as dirty while its refcounts lag behind; None: they do not."""
         self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
-        self._head, self._data_file = head, data_file
+        self._head, self._data_file, self._lazy = head, data_file, lazy
+        self._closing = False
         self._turn = threading.Condition()
         self._running = False
         self._begun = self._done = 0
@@ -211,20 +224,45 @@ class Order:
 
     def close(self) -> None:
         """Flush until the file has everything, lowered refcounts too."""
+        self._closing = True
         self.flush()
         while not (self._mapping.is_clean and self._refcounts.is_clean and self._head.is_clean):
             self.flush()
+        if self._lazy is not None:
+            self._lazy.clear(INCOMPATIBLE_DIRTY)
+
+    def condemn(self, error: ImageError) -> None:
+        """Have no metadata reach the file from now on: it is wrong."""
+        self._failure = error
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Have no flush run."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._running)
+            self._running = True
+        try:
+            self.check()
+            yield
+        finally:
+            with self._turn:
+                self._running = False
+                self._turn.notify_all()
 
     def _flush(self) -> None:
         self.check()
         with self._lock:
             cut = Cut()
-            self._refcounts.cut(cut)
+            lag = self._lazy is not None and self._refcounts.may_lag and not self._closing
+            dirties = lag and self._refcounts.is_changed
+            self._refcounts.cut(cut, lag=lag)
             self._mapping.cut(cut)
             self._head.cut(cut)
             if self._data_file is not None:
                 cut.bared = self._data_file.cut()
         try:
+            if dirties:
+                self._mark_dirty()
             self._write_out(cut)
         except BaseException:
             with self._lock:
@@ -249,6 +287,14 @@ class Order:
             if step:
                 self._write(step)
                 self._sync(self._storage)
+
+    def _mark_dirty(self) -> None:
+        assert self._lazy is not None
+        try:
+            self._lazy.set(INCOMPATIBLE_DIRTY)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _write(self, writes: Iterable[Write]) -> None:
         for write in writes:
@@ -302,5 +348,7 @@ class Order:
 
 def _again(error: BaseException) -> Exception:
     """An error of the same meaning for another thread."""
+    if isinstance(error, ImageError):
+        return OSError(errno.EIO, f"the image is corrupt and takes no more writes: {error}")
     number = getattr(error, "errno", None) or errno.EIO
     return OSError(number, f"the image's metadata could not be written: {error}")

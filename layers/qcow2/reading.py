@@ -119,7 +119,7 @@ class Reader:
             plain = decompress(data, self._compression, self.geometry.cluster_size)
         except BadData as bad:
             wanted = f"a cluster of compressed data at {offset:#x} ({bad})"
-            raise self.mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted) from bad
+            raise self.mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted).excused() from bad
         with self._lock:
             self._decompressed[run.entry] = plain
             while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):

@@ -72,6 +72,16 @@ class Refcounts:
         return self._cache.crowded or retired > FREED_COUNT_MAX or retired * self._geometry.cluster_size > FREED_MAX
 
     @property
+    def may_lag(self) -> bool:
+        """Whether the file may be left without what has changed, as far as this is concerned."""
+        return not (self._cache.crowded or self._table.changed or self._header_is_stale)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there is something in no cut yet that the file lacks."""
+        return next(self._cache.changed(), None) is not None
+
+    @property
     def is_clean(self) -> bool:
         """Whether the file has it all, and nothing is retired."""
         return self._cache.is_clean and not (self._table.changed or self._header_is_stale or self._retired)
@@ -374,8 +384,11 @@ class Refcounts:
 
     # -- writing back -----------------------------------------------------------------------------------------------
 
-    def cut(self, cut: Cut) -> None:
-        """Give all that the file lacks to ``cut``, and all that is retired."""
+    def cut(self, cut: Cut, *, lag: bool = False) -> None:
+        """Give all that the file lacks to ``cut``, or with ``lag`` nothing; and all that is retired."""
+        cut.retired, self._retired, self._retired_count = self._retired, [], 0
+        if lag:
+            return
         for block in self._cache.changed():
             cut.prepare(block)
         if self._table.unlinked:
@@ -387,7 +400,6 @@ class Refcounts:
             cut.publish_header(
                 Write(REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS.pack(self._table.place, clusters)), self._table
             )
-        cut.retired, self._retired, self._retired_count = self._retired, [], 0
 
     def settle(self, cut: Cut) -> None:
         """The file has all of ``cut``."""

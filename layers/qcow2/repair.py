@@ -20,6 +20,7 @@ What is repaired is what ``qemu-img check -r`` repairs.
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from array import array
 from collections.abc import Iterator
@@ -50,8 +51,10 @@ from layers.qcow2.limits import REFCOUNT_TABLE_MAX
 from layers.qcow2.subject import Subject
 from layers.qcow2.tally import Tally
 from nbdserver.errors import ImageError
-from nbdserver.format import ImageCheck, Progress, Repair, grow
+from nbdserver.format import ImageCheck, Progress, Repair, grow, no_progress
 from nbdserver.layer import Layer, finish
+
+log = logging.getLogger(__name__)
 
 
 def check(file: Layer, repair: Repair, progress: Progress) -> ImageCheck:
@@ -70,6 +73,19 @@ def check(file: Layer, repair: Repair, progress: Progress) -> ImageCheck:
     result.corruptions_fixed = max(others, 0) + repairs.copied_fixed
     result.messages = found.result.messages + result.messages
     return result
+
+
+def clean_up(file: Layer) -> None:
+    """Count the references of an image that was not closed properly, so that it can be written. Raises ImageError if
+    that is not enough, OSError."""
+    log.warning("%s: was not closed properly; its refcounts are counted anew", file.filename)
+    result = check(file, Repair.ALL, no_progress)
+    if result.corruptions or result.check_errors:
+        raise ImageError(
+            f"was not closed properly, and cannot be repaired: {result.messages[-1]}; it can be opened read-only",
+            path=file.filename,
+        )
+    log.warning("%s: is repaired", file.filename)
 
 
 class _Repairs:

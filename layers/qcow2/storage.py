@@ -13,6 +13,18 @@ from nbdserver.layer import Layer
 from nbdserver.request import Flag, Request
 
 
+class CorruptImage(ImageError):
+    """An image's metadata contradicts itself, or the format. ``storage``: whose it is."""
+
+    def __init__(self, storage: Storage, message: str, offset: int | None, found: object, wanted: object) -> None:
+        self.storage = storage
+        super().__init__(message, path=storage.file.filename, offset=offset, found=found, wanted=wanted)
+
+    def excused(self) -> ImageError:
+        """The same where it is not the metadata's fault: the image can still be written."""
+        return ImageError(self.message, path=self.path, offset=self.offset, found=self.found, wanted=self.wanted)
+
+
 class Storage:
     """``file`` with its size, which only grows, and only here."""
 
@@ -22,9 +34,11 @@ class Storage:
         self.size = file.size
         self._growing = threading.Lock()
 
-    def error(self, message: str, offset: int | None = None, found: object = None, wanted: object = None) -> ImageError:
-        """An ImageError about this image."""
-        return ImageError(message, path=self.file.filename, offset=offset, found=found, wanted=wanted)
+    def error(
+        self, message: str, offset: int | None = None, found: object = None, wanted: object = None
+    ) -> CorruptImage:
+        """The ImageError for what this image's metadata says."""
+        return CorruptImage(self, message, offset, found, wanted)
 
     def read_table(self, what: str, named_at: int, place: int, length: int) -> bytes:
         """The bytes of the table ``what``, which what is at ``named_at`` says to be at ``place``.

@@ -30,7 +30,7 @@ from layers.qcow2.mapping import WritableMapping
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
-from nbdserver.errors import RequestError
+from nbdserver.errors import ImageError, RequestError
 from nbdserver.layer import finish
 from nbdserver.ranges import RangeLock
 from nbdserver.request import NO_VECTOR, Flag, Request, Vector
@@ -85,18 +85,27 @@ class Writer:
         self._order = order
         #: Whether nothing may be overwritten in place, whatever the image says: a snapshot is being made.
         self.frozen = False
+        #: Whether the image has turned out to be corrupt, so that nothing is written any more.
+        self.is_condemned = False
 
     def flush(self) -> None:
         """Make everything that has completed durable."""
         self._order.flush()
 
     def close(self) -> None:
-        """Bring everything into the file."""
-        self._order.close()
+        """Bring everything into the file; of a corrupt image, nothing."""
+        if not self.is_condemned:
+            self._order.close()
+
+    def condemn(self, error: ImageError) -> None:
+        """Write nothing any more: the image is corrupt."""
+        self._order.condemn(error)
+        self.is_condemned = True
 
     def is_overwritable(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` hold its data and may be overwritten where they are."""
-        return not self.frozen and run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
+        is_allowed = not (self.frozen or self.is_condemned)
+        return is_allowed and run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
         """What of the bytes [start, end) can be made zero by L2 entries: the whole subclusters in it, [first, stop).
@@ -182,7 +191,8 @@ class Writer:
             return
         if not self._is_in_place(run):
             wanted = f"a place in the file, which ends at {self._data.size:#x}, that does not hold metadata"
-            raise self._mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted)
+            error = self._mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted)
+            raise error if self._data_file is None else error.excused()  # a data file may be cut off
         in_place = run.kind is Kind.NORMAL
         if not in_place:
             start, end = self._widened(start, end)

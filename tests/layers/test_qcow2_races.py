@@ -378,8 +378,8 @@ def test_a_cut_is_taken_at_one_instant(any_image: Image, monkeypatch: pytest.Mon
         writes: list[Thread] = []
         take = refcounts.cut
 
-        def cut(cut: Cut) -> None:
-            take(cut)
+        def cut(cut: Cut, *, lag: bool) -> None:
+            take(cut, lag=lag)
             monkeypatch.undo()
             writes.append(Thread(lambda: disk.write(FREE + CLUSTER, b"later")))
             assert writes[0].waits()

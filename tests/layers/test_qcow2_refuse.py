@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import struct
 import zlib
@@ -147,12 +148,6 @@ def test_images_that_qemu_makes_of_what_is_not_built(tmp_path: Path) -> None:
 # -- for writing ----------------------------------------------------------------------------------------------------
 
 
-def test_dirty_is_read_but_not_written(image: Path) -> None:
-    _poke_number(image, 72, 1)
-    _reads(image)
-    _refused(image, "dirty bit.*qemu-img check -r all", read_only=False)
-
-
 def test_corrupt_is_read_but_not_written(image: Path) -> None:
     _poke_number(image, 72, 2)
     with open_stack(Qcow2(File(str(image))), read_only=True) as disk:
@@ -234,15 +229,23 @@ def _trim(disk: Reference) -> None:
 
 
 def _fails(image: Path, words: str, request: Request = _write) -> None:
-    """A request of the first cluster fails, with nothing in use written, and what lies beside it is served."""
+    """A request of the first cluster fails, and the image is marked as corrupt, with nothing else written from then on;
+    what lies beside it can be read."""
+    before = bytearray(image.read_bytes())
     with open_stack(Qcow2(File(str(image)))) as disk:
-        before = image.read_bytes()
         with pytest.raises(RequestError, match=words):
             request(disk)
-        disk.flush()
-        assert image.read_bytes()[: len(before)] == before
-        disk.write(CLUSTER, b"y" * CLUSTER)
-        assert disk.read(CLUSTER, CLUSTER) == b"y" * CLUSTER
+        for other in (disk.flush, lambda: disk.write(CLUSTER, b"y" * CLUSTER), lambda: disk.trim(CLUSTER, CLUSTER)):
+            with pytest.raises(RequestError, match=f"corrupt.*{words}") as caught:
+                other()
+            assert caught.value.errno == errno.EIO
+        assert disk.read(CLUSTER, CLUSTER) == b"\1" * CLUSTER
+    if before[7] == 3:
+        before[79] |= 2
+    assert image.read_bytes()[: len(before)] == before
+    if before[7] == 3:
+        _refused(image, "marked as corrupt", read_only=False)
+        _poke_number(image, 72, 0)
 
 
 COPIED = 1 << 63
@@ -297,6 +300,7 @@ def test_metadata_is_not_handed_out_as_free(image: Path) -> None:
         with pytest.raises(RequestError, match="refcounts are wrong"):
             disk.write(MIB, b"x")
         assert disk.read(0, 4) == b"\1\1\1\1"
+    assert _number(image, 72) == 2
 
 
 def test_zero_clusters_in_version_2(tmp_path: Path) -> None:

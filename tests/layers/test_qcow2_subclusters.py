@@ -289,6 +289,7 @@ def test_bad_entries(entry: int | None, bitmap: int, words: str, tmp_path: Path)
             with pytest.raises(RequestError, match=f"L2 table 0, entry 0 .*{words}"):
                 request()
         assert disk.read(CLUSTER, 1) == b"\1", "what lies beside it is served"
+    data[79] |= 2  # corrupt
     assert path.read_bytes() == data
 
 
