@@ -21,6 +21,7 @@ from typing import ClassVar, NoReturn
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.layer import Buffers, Layer, Opener, attempt
 from nbdserver.limits import BOUNCE_MAX
+from nbdserver.permissions import Grant, as_replica
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -50,6 +51,9 @@ class Blkverify(Layer):
     def open(self, opener: Opener) -> None:
         if self.raw.size < self.size:
             raise ConfigError(f"found a disk of {self.raw.size} bytes, but test has {self.size}", key="raw")
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        return as_replica(own)
 
     @property
     def size(self) -> int:

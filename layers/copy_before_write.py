@@ -36,6 +36,7 @@ from nbdserver.extent import CODE, Extent, Intent, Size
 from nbdserver.graph import flatten
 from nbdserver.layer import BASE_ALLOCATION, STATE_ZERO, Buffers, Layer, Opener, finish
 from nbdserver.limits import KIB, MIB
+from nbdserver.permissions import CHANGING, ONLOOKER, READ, Grant, Permission
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -123,6 +124,12 @@ class CopyBeforeWrite(Layer):
     def close(self) -> None:
         if self._copiers is not None:
             self._copiers.shutdown()
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        if role == "target":
+            return Grant(READ | Permission.WRITE, READ | Permission.WRITE_UNCHANGED)
+        # What changes it past this layer is not copied before. (A snapshot of it that nobody has need not be right.)
+        return Grant(own.used | READ, own.shared & ~CHANGING) if own.used else ONLOOKER
 
     # -- the live disk -----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from typing import ClassVar
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent
 from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
+from nbdserver.permissions import Grant, Permission
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -54,7 +55,10 @@ class CopyOnRead(Layer):
 
     def open(self, opener: Opener) -> None:
         if self.file.read_only:
-            raise ConfigError("the image is read-only, and what is read cannot be copied into it", key="file")
+            raise ConfigError("is read-only, but what is read must be copied into it", key="file")
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        return own._replace(used=own.used | Permission.WRITE_UNCHANGED)
 
     @property
     def size(self) -> int:

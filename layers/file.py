@@ -34,7 +34,7 @@ class File(Layer):
 
     def open(self, opener: Opener) -> None:
         mode = FileMode(self.cache, self.aio)
-        self._file = opener.file(self.path, read_only=opener.read_only, mode=mode)
+        self._file = opener.file(self.path, read_only=opener.read_only, mode=mode, grant=self.grant)
 
     def close(self) -> None:
         if self._file is not None and self._opener is not None:

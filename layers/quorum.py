@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, NamedTuple
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.layer import BASE_ALLOCATION, STATE_HOLE, STATE_ZERO, Buffers, Layer, Opener, attempt
 from nbdserver.limits import BOUNCE_MAX
+from nbdserver.permissions import Grant, as_replica
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request, Vector
 
@@ -75,6 +76,9 @@ class Quorum(Layer):
             raise ConfigError("goes with exactly two children and a vote-threshold of 2", key="blkverify")
         if self.rewrite_corrupted and (self.blkverify or self.read_pattern == "fifo"):
             raise ConfigError("needs a vote that can be won: neither blkverify nor fifo", key="rewrite-corrupted")
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        return as_replica(own)
 
     @property
     def size(self) -> int:

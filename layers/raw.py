@@ -22,6 +22,7 @@ from nbdserver.format import TACIT, Measure, Progress, grow, no_progress, preall
 from nbdserver.graph import reach
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DISK_MAX
+from nbdserver.permissions import Grant, Permission
 
 #: QEMU measures disks in these; other sizes are rounded up.
 SECTOR: Final = 512
@@ -74,6 +75,10 @@ class Raw(Layer):
             self.size = there
         if not 0 <= self.size <= there:
             raise ConfigError(f"found {self.size}, but {there} bytes follow the offset {self.offset}", key="size")
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        # The size of what a window looks at is not the window's to change, and must not change under it.
+        return Grant(own.used & ~Permission.RESIZE, own.shared & ~Permission.RESIZE) if self._is_window else own
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
         return (Extent(self.size - offset, self.file, self.offset + offset, writable=True),)

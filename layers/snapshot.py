@@ -23,6 +23,7 @@ from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent
 from nbdserver.graph import bare, open_child
 from nbdserver.layer import Buffers, Layer, Opener
+from nbdserver.permissions import READER, Grant
 
 
 @runtime_checkable
@@ -49,6 +50,9 @@ class Snapshot(Layer):
             raise ConfigError(f"found {image.type}, which has no internal snapshots; allowed is qcow2", key="file")
         self.view: Layer
         open_child(self, "view", image.show_snapshot(self.snapshot), opener)
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        return READER  # whatever happens to the disk
 
     @property
     def size(self) -> int:

@@ -20,6 +20,7 @@ from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent
 from nbdserver.graph import Child
 from nbdserver.layer import Buffers, Layer, Opener
+from nbdserver.permissions import READER, Grant
 from nbdserver.request import Request
 
 
@@ -53,6 +54,9 @@ class SnapshotAccess(Layer):
         if not isinstance(below, Snapshot):
             raise ConfigError(f"found {below.type}, which keeps no snapshot; allowed is copy-before-write", key="file")
         self._snapshot: Snapshot = below
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        return READER  # whatever happens to the disk: what it was is read
 
     @property
     def size(self) -> int:

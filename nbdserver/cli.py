@@ -29,7 +29,7 @@ from nbdserver.config import Config
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
 from nbdserver.errors import ConfigError, NbdserverError
-from nbdserver.files import FileOpener, Files
+from nbdserver.files import FileOpener
 from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
 from nbdserver.image.cli import image
@@ -572,14 +572,15 @@ def _remote(address: uri.NbdUri) -> list[dict[str, Any]]:
 
 def _examine(wanted: Config) -> list[dict[str, Any]]:
     """A row for each export, its images opened read-only; with ``error`` for what cannot be opened."""
-    graph, files = Graph(), Files()
+    graph, files = Graph(), explain.UnwrittenFiles()
     rows = []
     for export in wanted.exports:
         row: dict[str, Any] = {"name": export.name, "description": export.description, "default": export.default}
         try:
             with placed(export):
                 layer, read_only = export.build()
-                with _opened(graph, layer, FileOpener(graph, files, roots=wanted.roots, read_only=True)):
+                user = f"export {export.name!r}"
+                with _opened(graph, layer, FileOpener(graph, files, roots=wanted.roots, read_only=True, user=user)):
                     row |= {"size": layer.size, "format": layer.type, "read_only": read_only}
         except (NbdserverError, OSError) as error:
             row["error"] = str(error)

@@ -13,6 +13,7 @@ Assertions are for our bugs; these are for the world.
 from __future__ import annotations
 
 import errno as _errno
+from typing import Self
 
 
 class NbdserverError(Exception):
@@ -41,6 +42,13 @@ class ConfigError(NbdserverError):
             if part
         )
         super().__init__(f"{place}: {message}" if place else message)
+
+    def at(self, file: str | None, table: str | None) -> Self:
+        """The same error, with its place in a configuration."""
+        other = self.__class__.__new__(self.__class__)  # whatever its own arguments are
+        other.__dict__.update(self.__dict__)
+        ConfigError.__init__(other, self.message, file=file, table=table, key=self.key)
+        return other
 
 
 class ImageError(NbdserverError):

@@ -21,10 +21,11 @@ from nbdserver import registry
 from nbdserver.config import Config, ExportConfig
 from nbdserver.errors import ConfigError
 from nbdserver.extent import CODE, FILE_MODE, ZERO, Extent, FileMode, Special, Transform, clip, lawful
-from nbdserver.files import FileOpener, Files, PlainFile
+from nbdserver.files import SOMEBODY, FileOpener, Files, PlainFile
 from nbdserver.graph import INTENTS, Child, Graph, Leaf, flatten
 from nbdserver.layer import Buffers, Layer
 from nbdserver.limits import EXTENTS_SHOWN_COUNT_MAX, PAYLOAD_MAX
+from nbdserver.permissions import ONLOOKER, READER, Grant
 from nbdserver.request import Flag, Operation, Request, Segment, Vector
 
 OPERATIONS: Final = {operation.value: operation for operation in (Operation.READ, Operation.WRITE, Operation.ZERO)}
@@ -226,14 +227,18 @@ class UnwrittenFiles(Files):
 
     def __init__(self, *, locked: bool = True) -> None:
         super().__init__(lambda fd, name, read_only, mode: Unwritten(fd, name, read_only))
-        self._is_locked = locked
+        self._grant = READER if locked else ONLOOKER
 
-    def _lock_image(self, fd: int, path: str, read_only: bool) -> None:
-        if self._is_locked:
-            super()._lock_image(fd, path, read_only)
-
-    def open(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> PlainFile:
-        file = super().open(path, read_only=True, mode=mode)
+    def open(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        mode: FileMode = FILE_MODE,
+        grant: Grant | None = None,
+        user: str = SOMEBODY,
+    ) -> PlainFile:
+        file = super().open(path, read_only=True, mode=mode, grant=self._grant, user=user)
         assert isinstance(file, Unwritten)
         file.read_only = read_only
         return file

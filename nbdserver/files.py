@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import errno
 import fcntl
@@ -24,7 +25,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdserver import dirty, registry
 from nbdserver.errors import ConfigError, ImageError
@@ -43,6 +44,7 @@ from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_MAX, STATUS_COUNT_MAX, ZERO_PIECE
 from nbdserver.locks import lock_image
+from nbdserver.permissions import ALL, READER, WRITER, Grant, as_backing, as_data, as_file, refused, together
 from nbdserver.probe import probe
 from nbdserver.request import Vector
 
@@ -332,72 +334,105 @@ class BusyError(ImageError):
 #: What a file is, whatever it is called: ("file", st_dev, st_ino) or ("device", st_rdev, 0).
 Identity = tuple[str, int, int]
 
+#: A user that nobody has named.
+SOMEBODY: Final = "somebody"
+
+#: Users that open a file in the same way share it.
+_How = tuple[FileMode, Grant]
+
+
+class _Wanted(NamedTuple):
+    """A file that somebody wants to have open, and for what."""
+
+    fd: int
+    path: str
+    read_only: bool
+    mode: FileMode
+    grant: Grant
+    user: str
+
 
 @dataclass(eq=False, slots=True)
 class _Open:
     """One open inode and how many hold it."""
 
     file: OpenFile
+    #: What is done with it, and what others may do.
+    grant: Grant
     #: The descriptor that carries the image locks. One of its own: io_uring keeps those it does I/O on for a while
     #: after they have been closed, even by the end of the process, and their locks with them.
     lock: int
     path: str
-    read_only: bool
-    users: int = 1
+    #: Whoever has it open, in words.
+    users: list[str]
 
 
 class Files:
     """Every file that a server has open: one per inode, whatever its names. Thread-safe.
 
-    A file is open for one writer, or for any number of readers; those that use it in the same way share one descriptor.
-    With ``force_share`` readers do not mind whether another process writes: QEMU's ``force-share``.
+    A file is open for one writer, or for any number of readers (and for any number of those who only look what it is);
+    those that use it in the same way share one descriptor. With ``force_share`` readers do not mind whether somebody
+    writes: QEMU's ``force-share``.
     """
 
     def __init__(self, wrap: Wrap = _plain, *, force_share: bool = False) -> None:
         self._wrap, self._force_share = wrap, force_share
         self._lock = threading.Lock()
-        self._open: dict[Identity, dict[FileMode, _Open]] = {}
-        self._places: dict[OpenFile, tuple[Identity, FileMode]] = {}
+        self._open: dict[Identity, dict[_How, _Open]] = {}
+        self._places: dict[OpenFile, tuple[Identity, _How]] = {}
         #: Serialises the opening of images that images name, so that one image is opened once.
         self.images_lock = threading.RLock()
         #: The read-only images that images named, for all who name them.
         self.images: weakref.WeakValueDictionary[tuple[Identity, str, FileMode], Layer] = weakref.WeakValueDictionary()
 
-    def open(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
-        """Open and lock a regular file or block device; give it back with `close`. Raises ImageError."""
+    def open(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        mode: FileMode = FILE_MODE,
+        grant: Grant | None = None,
+        user: str = SOMEBODY,
+    ) -> OpenFile:
+        """Open and lock a regular file or block device; give it back with `close`.
+
+        ``grant``: what the users of the layer that opens it are granted; by default the client of an export. ``user``:
+        who that is, for errors. Raises ImageError, also if others do what this user does not let them do, or the other
+        way round.
+        """
+        grant = as_file(grant or (READER if read_only else WRITER), read_only=read_only)
+        if read_only and self._force_share:
+            grant = grant._replace(shared=ALL)
         fd = _open(path, read_only=read_only)
         with self._lock, contextlib.ExitStack() as undo:
             undo.callback(os.close, fd)
-            return self._enter(fd, path, read_only, mode, undo)
+            return self._enter(_Wanted(fd, path, read_only, mode, grant, user), undo)
 
-    def _enter(self, fd: int, path: str, read_only: bool, mode: FileMode, undo: contextlib.ExitStack) -> OpenFile:
-        identity = _identity(os.fstat(fd))
+    def _enter(self, wanted: _Wanted, undo: contextlib.ExitStack) -> OpenFile:
+        identity = _identity(os.fstat(wanted.fd))
         same = self._open.get(identity, {})
         for other in same.values():
-            if not (read_only and other.read_only):
-                raise BusyError(_both_uses(other, read_only), path=path, file=other.file)
-        known = same.get(mode)
+            _check_together(wanted, other)
+        use = (wanted.mode, wanted.grant)
+        known = same.get(use)
         if known is not None:
-            known.users += 1
+            known.users.append(wanted.user)
             return known.file
         try:
-            lock = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            lock = os.open(f"/proc/self/fd/{wanted.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=path) from error
+            raise ImageError(f"cannot be opened again for its lock: {error.strerror}", path=wanted.path) from error
         undo.callback(os.close, lock)
-        self._lock_image(lock, path, read_only)
+        lock_image(lock, wanted.path, wanted.grant)
         undo.pop_all()
         try:
-            file = self._wrap(fd, path, read_only, mode)
+            file = self._wrap(wanted.fd, wanted.path, wanted.read_only, wanted.mode)
         except BaseException:
             os.close(lock)
             raise
-        self._open.setdefault(identity, {})[mode] = _Open(file, lock, path, read_only)
-        self._places[file] = (identity, mode)
+        self._open.setdefault(identity, {})[use] = _Open(file, wanted.grant, lock, wanted.path, [wanted.user])
+        self._places[file] = (identity, use)
         return file
-
-    def _lock_image(self, fd: int, path: str, read_only: bool) -> None:
-        lock_image(fd, path, read_only=read_only, force_share=read_only and self._force_share)
 
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes; give it back with `close`. Raises ConfigError."""
@@ -409,19 +444,19 @@ class Files:
             raise ConfigError(f"no memory of {size} bytes can be had: {error}") from error
         return self._wrap(fd, name, False, FILE_MODE)
 
-    def close(self, file: OpenFile) -> None:
+    def close(self, file: OpenFile, user: str = SOMEBODY) -> None:
         """Let one user of the file go; the last one closes it."""
         with self._lock:  # held to the end, or the next to open the file would meet our own image lock
             place = self._places.get(file)
             if place is None:
                 file.close()
                 return
-            identity, mode = place
-            known = self._open[identity][mode]
-            known.users -= 1
+            identity, use = place
+            known = self._open[identity][use]
+            known.users.remove(user)
             if known.users:
                 return
-            del self._open[identity][mode], self._places[file]
+            del self._open[identity][use], self._places[file]
             if not self._open[identity]:
                 del self._open[identity]
             try:
@@ -480,10 +515,18 @@ def _identity(status: os.stat_result) -> Identity:
     return ("file", status.st_dev, status.st_ino)
 
 
-def _both_uses(known: _Open, read_only: bool) -> str:
-    here = "reading" if known.read_only else "writing"
-    wanted = "reading" if read_only else "writing"
-    return f"is wanted for {wanted} but already open here for {here} as {known.path!r}; a writer must be alone"
+def _check_together(wanted: _Wanted, known: _Open) -> None:
+    """Raise ImageError if one of two users of a file does what the other does not share."""
+    for one, who, other, whom in (
+        (wanted.grant, wanted.user, known.grant, known.users[0]),
+        (known.grant, known.users[0], wanted.grant, wanted.user),
+    ):
+        permission = refused(one, other)
+        if permission:
+            alias = f" (one of them as {known.path})" if known.path != wanted.path else ""
+            against = f"which {whom} does not allow" if who != whom else "but has it open already, not to be written"
+            message = f"{who} {permission.verb} it, {against}{alias}"
+            raise BusyError(message, path=wanted.path, file=known.file)
 
 
 class _Unmetered:
@@ -504,7 +547,7 @@ class FileOpener:
     """`layer.Opener` for one export: what its layers may open.
 
     ``roots``: directories, besides the one of the image that the configuration names, that images may name files
-    in (both include what is below them). ``read_only``: whether the export is.
+    in (both include what is below them). ``read_only``: whether the export is. ``user``: who opens files, for errors.
     """
 
     def __init__(
@@ -518,6 +561,7 @@ class FileOpener:
         meter: Callable[[MeterLimits], Meter] | None = None,
         dirty_bitmap: Callable[[int, int], DirtyBitmap] = dirty.Bitmap,
         dirty_log: Callable[[], DirtyLog] = dirty.Log,
+        user: str = SOMEBODY,
     ) -> None:
         self._graph, self._files = graph, files
         self._roots = tuple(os.path.realpath(root) for root in roots)
@@ -525,21 +569,29 @@ class FileOpener:
         self._allocate = allocate
         self._meter = meter
         self.dirty_bitmap, self.dirty_log = dirty_bitmap, dirty_log
+        self._user = user
         sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_COUNT_MAX))
         #: How the file was opened of the image that this opener opens: those that it names are opened likewise.
         self._mode = FILE_MODE
         #: The images on the way from the configured one to the one that this opener opens.
         self._chain: tuple[Identity, ...] = ()
 
-    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
+    def for_access(self, *, read_only: bool) -> FileOpener:
+        if read_only == self.read_only:
+            return self
+        other = copy.copy(self)
+        other.read_only = read_only
+        return other
+
+    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE, grant: Grant | None = None) -> OpenFile:
         self._mode = mode
-        return self._files.open(path, read_only=read_only, mode=mode)
+        return self._files.open(path, read_only=read_only, mode=mode, grant=grant, user=self._user)
 
     def memory(self, size: int, name: str) -> OpenFile:
         return self._files.memory(size, name)
 
     def release(self, file: OpenFile) -> None:
-        self._files.close(file)
+        self._files.close(file, self._user)
 
     def allocate(self, length: int) -> Vector:
         return self._allocate(length)
@@ -574,13 +626,15 @@ class FileOpener:
             raise ImageError(f"names {name!r}, which closes a loop in its chain", path=source)
         if len(chain) + 2 > DEPTH_MAX:  # with this image and the file that it is in
             raise ImageError(f"names {name!r}, which makes a chain deeper than {DEPTH_MAX}", path=source)
+        grant = as_backing(named_by.grant) if read_only else as_data(together([named_by.grant, WRITER]))
+        role = "backing" if read_only else "data_file"
         with self._files.images_lock:
             format = PROTOCOL_FORMATS.get(format, format) if format else self._files.probe(path)
             if read_only:
                 shared = self._files.images.get((identity, format, self._mode))
                 if shared is not None:
                     _all_within(shared, roots, source)  # whoever opened it first may have had wider roots
-                    if self._graph.share(shared):
+                    if self._graph.share(shared, user=role, grant=grant, parent=named_by):
                         return shared
             opener = FileOpener(
                 self._graph,
@@ -590,10 +644,11 @@ class FileOpener:
                 meter=self._meter,
                 dirty_bitmap=self.dirty_bitmap,
                 dirty_log=self.dirty_log,
+                user=self._user,
             )
             opener._roots, opener._chain = roots, (*chain, identity)
             layer = registry.image(path, format, self._mode)
-            self._graph.open(layer, opener)
+            self._graph.open(layer, opener, user=role, grant=grant, parent=named_by)
             if read_only:
                 self._files.images[identity, format, self._mode] = layer
             return layer

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nbdserver import blocks, flags
-from nbdserver.errors import ImageError, RequestError
+from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import (
     CODE,
     ZERO,
@@ -35,6 +36,7 @@ from nbdserver.extent import (
 )
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DEPTH_MAX
+from nbdserver.permissions import ONLOOKER, READ, READER, WRITER, WRITING, Grant, Permission, refused, together
 from nbdserver.request import Flag, Operation, Request, Vector, check_flag, debug
 
 
@@ -288,12 +290,27 @@ def _call(layer: Layer, request: Request) -> None:
         _hop.layer = before
 
 
+@dataclass(eq=False, slots=True)
+class Use:
+    """One user of a layer, and what it does: a ``parent`` in the graph, or somebody outside."""
+
+    layer: Layer
+    grant: Grant
+    #: Who it is; or what the layer is to the parent, its role.
+    name: str
+    parent: Layer | None = None
+    #: Whether the layer is a child of the parent's yet.
+    is_attached: bool = False
+
+
 class Child(Layer):
     """An edge: ``layer`` as its parent sees it. Requests to a child pass here and only here."""
 
     def __init__(self, parent: Layer, role: str, layer: Layer) -> None:
         super().__init__()
         self._parent, self.role, self._layer = parent, role, layer
+        #: What the parent may do, in the books of the graph.
+        self.use = Use(layer, WRITER, role, parent, is_attached=True)
 
     @property
     def layer(self) -> Layer:
@@ -331,6 +348,8 @@ class Child(Layer):
         return self._layer.resolve(offset, length, intent)
 
     def read(self, request: Request) -> None:
+        if debug.permissions:
+            self._check_permission(request)
         hop, _hop.layer = _hop.layer, None
         if hop is not None and request.vector.length:
             hop.buffer_counters.passed(request.vector)
@@ -340,6 +359,13 @@ class Child(Layer):
             _hop.layer = hop
 
     write = zero = trim = read
+
+    def _check_permission(self, request: Request) -> None:
+        """That the parent may do this. (Reading is open to all: what it needs permission for is to rely on it.)"""
+        is_unchanged = Flag.WRITE_UNCHANGED in request.asked_flags
+        needed = WRITING if is_unchanged else Permission.WRITE
+        if request.operation is not Operation.READ and not needed & self.use.grant.used:
+            raise AssertionError(f"{self._parent.type} has {self.use.grant} of its {self.role}: {request}")
 
     def pread(self, offset: int, length: int) -> bytes:
         with _uncounted():
@@ -365,6 +391,14 @@ class Child(Layer):
         return self._layer.allocate(length)
 
 
+class ExcludedError(ConfigError):
+    """Two users of ``layer`` exclude each other: one does what the other does not share."""
+
+    def __init__(self, message: str, layer: Layer) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
 class Graph:
     """All the layers of a server: a DAG whose roots are exports. Layers may be shared by several parents.
 
@@ -374,86 +408,146 @@ class Graph:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._edges: dict[Layer, list[Child]] = {}  # layer -> the edges that lead to it
-        self._users: dict[Layer, int] = {}  # how many edges and roots hold it open
+        self._uses: dict[Layer, list[Use]] = {}  # who holds it open
         self._sinks: dict[Layer, list[Callable[[int, int], None]]] = {}
 
-    def open(self, layer: Layer, opener: Opener) -> None:
-        """Open ``layer`` and everything below it, children first; counts one user of it.
+    def open(
+        self, layer: Layer, opener: Opener, *, user: str = "", grant: Grant | None = None, parent: Layer | None = None
+    ) -> Use:
+        """Open ``layer`` and everything below it, children first; counts one user of it, and says which.
 
-        A layer that is open already only gains a user. On failure all that was opened here is closed again.
-        Raises ImageError, ConfigError.
+        ``user`` says who that is, in errors; ``grant`` what it does, by default what the client of an export does. If
+        that is to be its ``parent``, ``user`` is the role in which it will `attach` it. A layer that is open already
+        only gains a user. On failure all that was opened here is closed again. Raises ImageError; and ConfigError, also
+        if others do what this user does not let them do, or the other way round.
         """
-        with self._lock:
-            if layer in self._users:
-                self._users[layer] += 1
-                return
+        use = Use(layer, grant or (READER if opener.read_only else WRITER), user, parent)
+        if self._enter(use):
+            return use
         layer._listener, layer._opener = self, opener
+        layer.is_open_for_writing = not opener.read_only
         try:
             for role, child in list(layer.children()):
-                self.open(child, opener)
+                below = _granted(layer, role)
+                is_written = below.writes or not (opener.read_only or _is_never_written(layer, role))
+                self.open(child, opener.for_access(read_only=not is_written), user=role, grant=below, parent=layer)
                 self.attach(layer, role, child)
             layer.open(opener)
         except BaseException:
+            with self._lock:
+                del self._uses[layer]
             self._end(layer)
             raise
-        with self._lock:
-            self._users[layer] = 1
+        self._withdraw(use)
+        return use
 
     def is_open(self, layer: Layer) -> bool:
         with self._lock:
-            return layer in self._users
+            return layer in self._uses
 
-    def share(self, layer: Layer) -> bool:
-        """Count one more user of ``layer`` if it is open; whether it is."""
+    def share(self, layer: Layer, *, user: str, grant: Grant, parent: Layer) -> bool:
+        """Count one more user of ``layer`` if it is open; whether it is. As `open`."""
         with self._lock:
-            if layer not in self._users:
+            if layer not in self._uses:
                 return False
-            self._users[layer] += 1
-            return True
+        return self._enter(Use(layer, grant, user, parent))
 
     def attach(self, parent: Layer, role: str, child: Layer) -> None:
         """Make ``child``, which is open, a child of ``parent``: for children that a layer finds as it opens."""
         edge = Child(parent, role, child)
         with self._lock:
+            waiting = (use for use in reversed(self._uses[child]) if use.parent is parent and not use.is_attached)
+            edge.use = next(waiting)
+            edge.use.name, edge.use.is_attached = role, True
             self._edges.setdefault(child, []).append(edge)
         _set_role(parent, role, edge)
 
-    def replace(self, old: Layer, new: Layer) -> None:
-        """Make ``new`` the child of all whose child ``old`` is, but for those that are ``new`` or below it: so a layer
-        is put in above another (``new`` stands on ``old``), or taken out again.
+    def replace(
+        self,
+        old: Layer,
+        new: Layer,
+        users: Collection[Use] = (),
+        *,
+        edges: bool = True,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Have users of ``old`` use ``new``, both of which are open: ``users`` from outside, and (``edges``) all whose
+        child ``old`` is, but for those that are ``new`` or below it. So a layer is put in above another (``new`` stands
+        on ``old``), or taken out again.
 
-        Both are open; ``old`` loses these users, and is closed with the last. In a drained section of all that reach
-        either. Raises what closing raises.
+        In a drained section of all that reach either. ``then`` is called when it is so, before ``old`` is closed if it
+        has no user left. Raises ExcludedError, with nothing changed; and what closing raises.
         """
         below = {layer for _, layer in walk(new)}
         with self._lock:
-            edges = [edge for edge in self._edges.get(old, ()) if edge._parent not in below]
-            for edge in edges:
+            moved = [edge for edge in self._edges.get(old, ()) if edges and edge._parent not in below]
+            self._move([*users, *(edge.use for edge in moved)], old, new)
+            for edge in moved:
                 self._edges[old].remove(edge)
                 self._edges.setdefault(new, []).append(edge)
                 edge._layer = new
-            self._users[new] += len(edges)
-        for edge in edges:
+            is_unused = not self._uses[old]
+            if is_unused:
+                del self._uses[old]
+        for edge in moved:
             self.changed(edge._parent, 0, edge._parent.size)
-        for _ in edges:
-            self.close(old)
+        then()
+        if is_unused:
+            self._end(old)
+
+    def _move(self, uses: Sequence[Use], old: Layer, new: Layer) -> None:
+        """Make uses of ``old`` such of ``new``. Raises ExcludedError, with nothing changed. Locked."""
+        for use in uses:
+            self._uses[old].remove(use)
+            self._uses[new].append(use)
+            use.layer = new
+        try:
+            self._regrant(old)  # first: what it does below for nobody is in nobody's way
+            self._regrant(new)
+        except ExcludedError:
+            for use in uses:
+                self._uses[new].remove(use)
+                self._uses[old].append(use)
+                use.layer = old
+            self._regrant(new)
+            self._regrant(old)
+            raise
 
     def _part(self, edge: Child) -> None:
         with self._lock:
             self._edges[edge.layer].remove(edge)
-        self.close(edge.layer)
+        self._leave(edge.use)
 
-    def close(self, layer: Layer) -> None:
-        """Let one user of ``layer`` go; at the last, close it and then its children. Raises what closing raises,
-        after everything below has been closed too."""
+    def close(self, layer: Layer, use: Use | None = None) -> None:
+        """Let one user of ``layer`` go, ``use`` or the last that came and is no parent; at the last, close it and then
+        its children. Raises what closing raises, after everything below has been closed too."""
+        use = use or self._outside(layer)
+        if use is not None:
+            self._leave(use)
+
+    def hold(self, layer: Layer) -> None:
+        """Have the last user that came from outside keep ``layer`` open and do no more: others may write it now."""
+        use = self._outside(layer)
+        if use is not None:
+            with self._lock:
+                use.grant = ONLOOKER
+                self._regrant(layer)
+
+    def _outside(self, layer: Layer) -> Use | None:
+        """The last use of the layer that is no parent's."""
         with self._lock:
-            users = self._users.get(layer)
-            if users is None:
+            return next((use for use in reversed(self._uses.get(layer, ())) if not use.is_attached), None)
+
+    def _leave(self, use: Use) -> None:
+        layer = use.layer
+        with self._lock:
+            uses = self._uses[layer]
+            uses.remove(use)
+            if uses:
+                if not any(other.grant == use.grant for other in uses):
+                    self._regrant(layer)
                 return
-            if users > 1:
-                self._users[layer] = users - 1
-                return
-            del self._users[layer]
+            del self._uses[layer]
         self._end(layer)
 
     def _end(self, layer: Layer) -> None:
@@ -467,6 +561,74 @@ class Graph:
         with self._lock:
             self._edges.pop(layer, None)
             self._sinks.pop(layer, None)
+
+    # -- permissions -------------------------------------------------------------------------------------------------
+
+    def _enter(self, use: Use) -> bool:
+        """Count a user in; whether the layer was open. Raises ConfigError, with nothing changed."""
+        layer = use.layer
+        with self._lock:
+            is_open = layer in self._uses
+            if is_open and layer.read_only:
+                self._check([*self._uses[layer], use])
+                use.grant = use.grant._replace(used=use.grant.used & READ)
+            self._uses.setdefault(layer, []).append(use)
+            try:
+                self._regrant(layer)
+            except ExcludedError:
+                self._uses[layer].remove(use)
+                if self._uses[layer]:
+                    self._regrant(layer)
+                else:
+                    del self._uses[layer]
+                raise
+        return is_open
+
+    def _withdraw(self, use: Use) -> None:
+        """What turns out to be read-only when it is open is not written."""
+        if use.layer.read_only and use.parent is None:
+            with self._lock:
+                use.grant = use.grant._replace(used=use.grant.used & READ)
+                self._regrant(use.layer)
+
+    def _regrant(self, layer: Layer) -> None:
+        """Grant the layer, and all below it, what their users have come to. Raises ExcludedError if they exclude one
+        another, with some of it granted: to be called once more without the user who is to blame. Locked."""
+        pending = [layer]
+        while pending:
+            node = pending.pop()
+            uses = self._uses[node]
+            # Of the many users that a golden image may have, most do the same.
+            node.grant = together({use.grant for use in uses})
+            if node.grant.used & ~node.grant.shared:
+                self._check(uses)
+            for role, child in node.children():
+                grant = _granted(node, role)
+                if isinstance(child, Child) and child.use.grant != grant:
+                    child.use.grant = grant
+                    pending.append(child.layer)
+
+    def _check(self, uses: Sequence[Use]) -> None:
+        """Raise ExcludedError if two users exclude each other; who came last is to blame."""
+        for one, other in itertools.permutations(reversed(uses), 2):
+            permission = refused(one.grant, other.grant)
+            if permission:
+                node = one.layer.filename or one.layer.type
+                message = f"{self._who(one)} {permission.verb} {node}, which {self._who(other)} does not allow"
+                raise ExcludedError(message, one.layer)
+
+    def _who(self, use: Use) -> str:
+        """A user in words: who is at the top, and what the layer is to its parent, if it has one."""
+        top = use
+        while top.parent is not None:
+            uses = self._uses[top.parent]
+            top = next((use for use in uses if use.grant.used), uses[0])
+        who = top.name or "somebody"
+        if use.parent is None:
+            return who
+        own = use.parent.filename
+        role = use.name.replace("_.", ".").replace("_", "-")
+        return f"{who} ({role} of {use.parent.type}{f' {own}' if own not in (None, use.layer.filename) else ''})"
 
     def subscribe(self, root: Layer, sink: Callable[[int, int], None]) -> Callable[[], None]:
         """Have ``sink(offset, length)`` called for every change of ``root``'s mapping; returns the way to stop."""
@@ -496,6 +658,19 @@ class Graph:
                 pending.extend((parent, at, run) for at, run in parent.translate(edge, start, count))
 
 
+def _granted(parent: Layer, role: str) -> Grant:
+    """What a parent does to a child, and lets others do. Who does nothing for nobody is in nobody's way: a layer that
+    is about to be put in, or has been taken out."""
+    grant = parent.child_grant(role, parent.grant)
+    return ONLOOKER if parent.grant == ONLOOKER and not grant.used else grant
+
+
+def _is_never_written(parent: Layer, role: str) -> bool:
+    """Whether a child cannot be written while it is one, by this parent or by others: a backing file."""
+    grant = parent.child_grant(role, WRITER)
+    return not grant.writes and Permission.WRITE not in grant.shared
+
+
 def walk(root: Layer) -> Iterator[tuple[str, Layer]]:
     """Every layer under ``root``, once, with the roles that lead to it: "/", "/backing", "/backing/file"."""
     seen: set[Layer] = set()
@@ -522,7 +697,7 @@ def open_child(parent: Layer, role: str, child: Layer, opener: Opener) -> None:
     ConfigError."""
     graph = parent._listener
     assert isinstance(graph, Graph), "open_child is for layers that a graph is opening"
-    graph.open(child, opener)
+    graph.open(child, opener, user=role, grant=_granted(parent, role), parent=parent)
     graph.attach(parent, role, child)
 
 

@@ -25,6 +25,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, ParamSpec, Protocol
 
+from nbdserver import permissions
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import (
     CODE,
@@ -42,6 +43,7 @@ from nbdserver.extent import (
     Special,
 )
 from nbdserver.limits import ZERO_PIECE
+from nbdserver.permissions import Grant
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request, Vector
 
@@ -126,8 +128,12 @@ class Opener(Protocol):
     def read_only(self) -> bool:
         """Whether the layer being opened must not be written (a read-only export, a backing file)."""
 
-    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE) -> OpenFile:
-        """Open a regular file or block device that the *configuration* named; locks it. ConfigError, ImageError."""
+    def for_access(self, *, read_only: bool) -> Opener:
+        """The same, for a layer that is, or is not, to be written."""
+
+    def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE, grant: Grant | None = None) -> OpenFile:
+        """Open a regular file or block device that the *configuration* named; locks it for what its layer's users are
+        granted. ConfigError, ImageError."""
 
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes, as a file."""
@@ -185,6 +191,8 @@ class Layer:
     #: Whether it shows the bytes of its ``file`` child, each at its own offset, so that it can be put above a layer
     #: that is in use, and taken away again.
     is_filter: ClassVar[bool] = False
+    #: Whether it keeps metadata in its ``file`` child, which so nobody else may write (`child_grant`).
+    is_format: ClassVar[bool] = False
     #: What its code does with a request's memory.
     buffers: ClassVar[Buffers] = Buffers()
 
@@ -194,6 +202,10 @@ class Layer:
     def __post_init__(self) -> None:
         self._listener: Listener | None = None
         self._opener: Opener | None = None
+        #: What its users do to it, and let others do: kept up to date by the graph.
+        self.grant = permissions.READER
+        #: Whether it has been opened to be written.
+        self.is_open_for_writing = False
         #: How often the mapping of this layer, or of anything below it, has changed. See `graph.execute`.
         self.changes = 0
         self.buffer_counters = BufferCounters()
@@ -264,6 +276,19 @@ class Layer:
                 for index, item in enumerate(value):
                     if isinstance(item, Layer):
                         yield f"{name}.{index}", item
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        """What this layer, being granted ``own`` by its users, does to the child of that role, and what it lets others
+        do to it meanwhile. Asked also before the layer is open."""
+        match role:
+            case "backing":
+                return permissions.as_backing(own)
+            case "data_file":
+                return permissions.as_data(own)
+            case _:
+                if self.is_format:
+                    return permissions.as_format(own, is_writable=self.is_open_for_writing)
+                return permissions.as_filter(own)
 
     # -- where the bytes live ----------------------------------------------------------------------------------
 

@@ -18,38 +18,16 @@ import fcntl
 import logging
 import os
 import struct
-from enum import IntFlag
 from typing import Final
 
 from nbdserver.errors import ImageError
+from nbdserver.permissions import ALL, WRITING, Grant, Permission
 
 log = logging.getLogger(__name__)
 
 #: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE of QEMU's block/file-posix.c.
 USED_BASE: Final = 100
 UNSHARED_BASE: Final = 200
-
-
-class Permission(IntFlag):
-    """QEMU's ``BLK_PERM_*``; a permission's lock byte is its bit number."""
-
-    NONE = 0
-    CONSISTENT_READ = 1
-    WRITE = 2
-    WRITE_UNCHANGED = 4
-    RESIZE = 8
-
-    @property
-    def label(self) -> str:
-        """The name in QEMU's messages."""
-        return str(self.name).lower().replace("_", " ")
-
-
-#: What a reader and a writer use; what neither lets anybody else do. As QEMU's qcow2 driver has it of its file:
-#: a reader's cached metadata must not go stale, and two writers would destroy each other's.
-READER: Final = Permission.CONSISTENT_READ
-WRITER: Final = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
-UNSHARED: Final = Permission.WRITE | Permission.RESIZE
 
 #: struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for OFD locks), padded to 8 bytes.
 _FLOCK: Final = struct.Struct("hhqqi0q")
@@ -58,20 +36,18 @@ _FLOCK: Final = struct.Struct("hhqqi0q")
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def lock_image(fd: int, path: str, *, read_only: bool, force_share: bool = False) -> None:
-    """Lock the open image for reading, or for writing too, until ``fd`` is closed; never waits. With ``force_share``
-    others may do to it what they like, unless they themselves want to be alone.
+def lock_image(fd: int, path: str, grant: Grant) -> None:
+    """Lock the open image for what ``grant`` says is done with it, until ``fd`` is closed; never waits.
 
     On a file system without locks this only logs. Raises ImageError when another process is in the way; what has
     been locked by then goes with the descriptor, which the caller closes.
     """
-    used = READER if read_only else WRITER
-    unshared = Permission.NONE if force_share else UNSHARED
+    unshared = ALL & ~grant.shared
     try:
-        _mark(fd, USED_BASE, used)
+        _mark(fd, USED_BASE, grant.used)
         _mark(fd, UNSHARED_BASE, unshared)
         in_the_way = _marked(fd, USED_BASE, unshared)
-        refused = _marked(fd, UNSHARED_BASE, used)
+        refused = _marked(fd, UNSHARED_BASE, grant.used)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             log.warning("%s: served without an image lock: %s", path, os.strerror(error.errno))
@@ -79,7 +55,7 @@ def lock_image(fd: int, path: str, *, read_only: bool, force_share: bool = False
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise ImageError("is locked by another process (with a write lock, so not by QEMU)", path=path) from error
         raise ImageError(f"cannot be locked: {error.strerror}", path=path) from error
-    purpose = "reading" if read_only else "writing"
+    purpose = "writing" if grant.used & WRITING else "reading"
     if in_the_way:
         raise ImageError(
             f'cannot be opened for {purpose}: it is held by another process with the "{in_the_way.label}" lock '

@@ -60,8 +60,10 @@ class Reference:
     Every method raises RequestError with the errno that the client would be sent; offsets and lengths are bytes.
     """
 
-    def __init__(self, root: Layer) -> None:
+    def __init__(self, root: Layer, *, read_only: bool = False) -> None:
         self.root = root
+        #: Whether the export is, whatever the layers are.
+        self.read_only = read_only
 
     @property
     def size(self) -> int:
@@ -107,6 +109,8 @@ class Reference:
         """Run any request."""
         is_zero = request.operation is Operation.ZERO
         with _errnos(is_fast_zero=is_zero and Flag.NO_FALLBACK in request.asked_flags):
+            if self.read_only and request.operation is not Operation.READ:
+                raise RequestError(errno.EPERM, "the export is read-only")
             execute(self.root, request)
 
 
@@ -139,6 +143,6 @@ def open_stack(
     opener = FileOpener(graph, Files() if files is None else files, roots=roots, read_only=read_only)
     graph.open(root, opener)
     try:
-        yield Reference(root)
+        yield Reference(root, read_only=read_only)
     finally:
         graph.close(root)

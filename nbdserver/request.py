@@ -272,13 +272,16 @@ class Request:
 
 @dataclass(slots=True)
 class Debug:
-    """What is checked beyond what production needs. ``flags``: at every hop, that REGISTERED_BUF is what a lookup of
-    the memory's addresses says (NBDSERVER_DEBUG_FLAGS=1)."""
+    """What is checked beyond what production needs (NBDSERVER_DEBUG_FLAGS=1). ``flags``: at every hop, that
+    REGISTERED_BUF is what a lookup of the memory's addresses says. ``permissions``: that a layer does to its children
+    only what it has been granted (`nbdserver.permissions`)."""
 
     flags: bool
+    permissions: bool
 
 
-debug = Debug(os.environ.get("NBDSERVER_DEBUG_FLAGS", "0") not in ("", "0"))
+_is_debugged = os.environ.get("NBDSERVER_DEBUG_FLAGS", "0") not in ("", "0")
+debug = Debug(flags=_is_debugged, permissions=_is_debugged)
 
 
 class Region(Protocol):

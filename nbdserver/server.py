@@ -29,7 +29,7 @@ from nbdserver import _engine, blocks
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files, block_limits
-from nbdserver.graph import Graph, Leaf, execute, flatten, walk
+from nbdserver.graph import Graph, Leaf, Use, execute, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, StartTls, TlsMode, Unavailable
 from nbdserver.jobs import Jobs
 from nbdserver.layer import Layer, finish
@@ -49,6 +49,7 @@ from nbdserver.limits import (
 )
 from nbdserver.listening import Listener, bind
 from nbdserver.offers import KEEP, Client, Keep, Maker, Offers, Removal
+from nbdserver.permissions import ONLOOKER, Grant
 from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
 from nbdserver.tls import NO_TLS, TlsConfig
@@ -63,6 +64,9 @@ FAST_ZERO: Final = 1 << 4
 #: How `_engine` is told of ZERO and CODE.
 ENGINE_ZERO: Final = 0
 ENGINE_CODE: Final = 1
+
+#: Who uses layers that are no export's yet, in errors.
+ADDED: Final = "a layer that is being added"
 
 _log = logging.getLogger("nbdserver")
 
@@ -158,17 +162,18 @@ class Export:
     def __init__(
         self,
         name: str,
-        root: Layer,
+        use: Use,
         info: ExportInfo,
         engine_export: _engine.Export,
         *,
         effects: Effects,
         graph: Graph,
     ) -> None:
-        """``root`` is open in ``graph``, and this is a user of it."""
-        self.name, self.root, self.info, self.engine_export = name, root, info, engine_export
+        """``use`` is what this is in ``graph``: a user of its root."""
+        self.name, self.use, self.info, self.engine_export = name, use, info, engine_export
+        self.root = use.layer
         self._effects, self._graph = effects, graph
-        self._unsubscribe = graph.subscribe(root, engine_export.changed)
+        self._unsubscribe = graph.subscribe(self.root, engine_export.changed)
         #: Is called when it is over and its layers are closed.
         self.after_end: Callable[[], None] = lambda: None
         #: See `offers.Offered`.
@@ -220,21 +225,22 @@ class Export:
         assert self.engine_export.is_draining, "not in a drained section"
         if root.read_only and not self.info.read_only:
             raise ConfigError(f"export {self.name!r} is writable, but {root.type} is not")
-        is_open = self._graph.share(root)
-        assert is_open, f"{root.type} is not open"
+        self._graph.replace(self.root, root, [self.use], edges=False, then=lambda: self.show(root))
+
+    def show(self, root: Layer) -> None:
+        """Serve ``root``, which the graph has made the export's. In a drained section."""
         self._unsubscribe()
-        old, self.root = self.root, root
+        self.root = root
         self._unsubscribe = self._graph.subscribe(root, self.engine_export.changed)
         self.engine_export.changed(0, DISK_MAX)
         self.engine_export.writethrough = root.writethrough
         self.info = dataclasses.replace(self.info, preferred_block=preferred_block(root))
         self.resized()
-        self._graph.close(old)
 
     def close(self) -> None:
         """Let the layers go. No request runs, and none will. Raises what closing raises."""
         self._unsubscribe()
-        self._graph.close(self.root)
+        self._graph.close(self.root, self.use)
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -357,6 +363,11 @@ def _tls_context(tls: TlsConfig) -> _engine.TlsContext | None:
         return _engine.TlsContext(**tls.files(), keys=tls.keys())
     except ValueError as error:
         raise ConfigError(f"TLS cannot be used: {error}") from error
+
+
+def _user(name: str) -> str:
+    """Who an export is, among the users of layers and files."""
+    return f"export {name!r}"
 
 
 def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:
@@ -488,7 +499,8 @@ class Server:
         with self.changing():
             if self._stopping.is_set():
                 raise ConfigError("the server is stopping")
-            self._graph.open(layer, self._opener(read_only, self._roots if roots is None else roots))
+            opener = self._opener(read_only, self._roots if roots is None else roots, _user(name))
+            use = self._graph.open(layer, opener, user=_user(name))
             try:
                 read_only = read_only or layer.read_only
                 info = ExportInfo(
@@ -500,9 +512,9 @@ class Server:
                     preferred_block=preferred_block(layer),
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
-                export = Export(name, layer, info, engine_export, effects=self._effects, graph=self._graph)
+                export = Export(name, use, info, engine_export, effects=self._effects, graph=self._graph)
             except BaseException:
-                self._graph.close(layer)
+                self._graph.close(layer, use)
                 raise
             self._by_id[engine_export.id] = export
             return export
@@ -512,16 +524,23 @@ class Server:
 
     @contextlib.contextmanager
     def opened_layers(
-        self, layer: Layer, *, read_only: bool = False, roots: Sequence[str | os.PathLike[str]] | None = None
+        self,
+        layer: Layer,
+        *,
+        read_only: bool = False,
+        roots: Sequence[str | os.PathLike[str]] | None = None,
+        grant: Grant = ONLOOKER,
     ) -> Iterator[Layer]:
         """``layer`` and everything below it, open for the time of the block, and longer if it has users by then: for
-        `Export.replace_root` and `replace`. Raises ImageError, ConfigError."""
+        `Export.replace_root` and `replace`. ``grant``: what is done with it meanwhile. Raises ImageError,
+        ConfigError."""
         with self.changing():
-            self._graph.open(layer, self._opener(read_only, self._roots if roots is None else roots))
+            opener = self._opener(read_only, self._roots if roots is None else roots, ADDED)
+            use = self._graph.open(layer, opener, user=ADDED, grant=grant)
             try:
                 yield layer
             finally:
-                self._graph.close(layer)
+                self._graph.close(layer, use)
 
     def replace(self, old: Layer, new: Layer) -> None:
         """Put ``new``, which is open, in the place of ``old``: under all layers that stand on it, but for those that
@@ -536,13 +555,16 @@ class Server:
             for export in exports:
                 if new.read_only and not old.read_only and not export.info.read_only:
                     raise ConfigError(f"export {export.name!r} is writable, but {new.type} is not")
-            for export in roots:
-                export.replace_root(new)
-            self._graph.replace(old, new)
+
+            def show() -> None:
+                for export in roots:
+                    export.show(new)
+
+            self._graph.replace(old, new, [export.use for export in roots], then=show)
             for export in exports:
                 export.resized()
 
-    def _opener(self, read_only: bool, roots: Sequence[str | os.PathLike[str]]) -> FileOpener:
+    def _opener(self, read_only: bool, roots: Sequence[str | os.PathLike[str]], user: str) -> FileOpener:
         return FileOpener(
             self._graph,
             self._files,
@@ -552,6 +574,7 @@ class Server:
             meter=self._supplies.meter,
             dirty_bitmap=self._supplies.dirty_bitmap,
             dirty_log=self._supplies.dirty_log,
+            user=user,
         )
 
     def change(

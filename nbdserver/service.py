@@ -30,7 +30,7 @@ from nbdserver.config import Config, Disks, ExportConfig, layer_over, one_export
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.explain import trial
 from nbdserver.files import BusyError
-from nbdserver.graph import Child, walk
+from nbdserver.graph import Child, ExcludedError, walk
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
@@ -236,7 +236,7 @@ class Service:
                     try:
                         self._open(plan.wanted, configured, nodes)
                         undo.callback(self._close, configured)
-                    except BusyError as busy:
+                    except (BusyError, ExcludedError) as busy:
                         self._try(plan, wanted, busy)
                         configured.wait(str(busy))
             opened[wanted.name] = configured
@@ -270,7 +270,7 @@ class Service:
         templates = [configured.template for configured in self._configured.values()]
         self.server.use_makers([template for template in templates if template is not None])
 
-    def _try(self, plan: _Plan, wanted: ExportConfig, busy: BusyError) -> None:
+    def _try(self, plan: _Plan, wanted: ExportConfig, busy: BusyError | ExcludedError) -> None:
         """See whether the export could be opened once those have ended that are to leave. Raises what opening would,
         and ``busy`` if others than those stand in the way."""
         holders = [export for export in self.server.opened if _holds(export, busy)]
@@ -362,7 +362,7 @@ class Service:
                 if configured.export is not None:
                     self.server.change(add=[configured.export], default=wanted.name if wanted.default else KEEP)
                 self._use_templates()
-        except BusyError as busy:
+        except (BusyError, ExcludedError) as busy:
             configured.wait(str(busy))
             if not any(_holds(export, busy) for export in self.server.leaving):
                 self._give_up(configured, busy)
@@ -525,8 +525,10 @@ def _ahead(configured: Configured, others: Iterable[Configured]) -> str | None:
     return None
 
 
-def _holds(export: Export, busy: BusyError) -> bool:
-    """Whether a layer of the export has the file open that is wanted."""
+def _holds(export: Export, busy: BusyError | ExcludedError) -> bool:
+    """Whether a layer of the export is the one that is wanted, or has the file open that is."""
+    if isinstance(busy, ExcludedError):
+        return any(layer is busy.layer for _, layer in walk(export.root))
     return any(value is busy.file for _, layer in walk(export.root) for value in list(vars(layer).values()))
 
 
@@ -538,7 +540,7 @@ def placed(export: ExportConfig) -> Iterator[None]:
     except ConfigError as error:
         if error.file is None and export.where.file is not None:
             where = export.where
-            raise ConfigError(error.message, file=where.file, table=where.table, key=error.key) from error
+            raise error.at(where.file, where.table) from error
         raise
 
 

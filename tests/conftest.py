@@ -18,7 +18,7 @@ from nbdserver.request import debug
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # At every hop the flag is held against the addresses: here, and in the servers that tests start.
-debug.flags = True
+debug.flags = debug.permissions = True
 os.environ["NBDSERVER_DEBUG_FLAGS"] = "1"
 
 # A time limit for each example would only measure how busy the machine is.

@@ -20,6 +20,7 @@ from nbdserver.files import FileOpener, Files, PlainFile
 from nbdserver.graph import Child, Graph, Leaf, execute, flatten
 from nbdserver.layer import BASE_ALLOCATION, Layer, Opener
 from nbdserver.limits import DEPTH_MAX
+from nbdserver.permissions import READER
 from nbdserver.reference import open_stack
 from nbdserver.request import Flag, Request, Vector
 
@@ -407,7 +408,7 @@ def test_a_failed_open_closes_all_that_was_opened(opened: tuple[Graph, Opener], 
     closes = [entry.split()[1] for entry in LOG if entry.startswith("close")]
     assert culprit in opens
     assert opens <= set(closes) and len(closes) == len(set(closes))
-    assert not graph._users and not any(graph._edges.values())
+    assert not graph._uses and not any(graph._edges.values())
 
 
 def test_a_failed_close_closes_what_is_below_all_the_same(opened: tuple[Graph, Opener]) -> None:
@@ -439,13 +440,14 @@ def test_a_shared_child_is_opened_once_and_closed_last(opened: tuple[Graph, Open
 def test_only_what_is_open_can_be_shared(opened: tuple[Graph, Opener]) -> None:
     graph, opener = opened
     layer = Noted("layer")
-    assert not graph.share(layer)
+    parent = Noted("parent")
+    assert not graph.share(layer, user="file", grant=READER, parent=parent)
     graph.open(layer, opener)
-    assert graph.share(layer)
+    assert graph.share(layer, user="file", grant=READER, parent=parent)
     graph.close(layer)
     assert "close layer" not in LOG
     graph.close(layer)
-    assert not graph.share(layer)
+    assert not graph.share(layer, user="file", grant=READER, parent=parent)
 
 
 # -- changes -------------------------------------------------------------------------------------------------------

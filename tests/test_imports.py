@@ -14,7 +14,8 @@ import nbdserver
 ROOT = Path(nbdserver.__path__[0]).parent
 
 #: What layers may import of ``nbdserver``. Of the graph: ``attach``.
-CONTRACT = {"layer", "blocks", "flags", "extent", "request", "errors", "limits", "ranges", "graph", "format"}
+CONTRACT = {"layer", "extent", "request", "graph", "format"}
+CONTRACT |= {"blocks", "flags", "permissions", "errors", "limits", "ranges"}
 
 #: What layers may import besides: the decompressor that qcow2 needs.
 PACKAGES = {"cryptography", "zstandard"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -239,7 +240,7 @@ def test_a_changed_export_that_needs_the_same_file_waits_for_old_clients(deploym
     old = deployment.connect("a")
     report = deployment.reload(export("a", more="read_only = true"))
     assert (report.changed, report.leaving) == (["a"], ["a"])
-    assert "already open here for writing" in report.waiting["a"]
+    assert report.waiting["a"].endswith("a.raw: export 'a' writes it, but has it open already, not to be written")
     assert not deployment.is_served("a")
     assert {row["state"] for row in deployment.service.rows()} == {"waiting", "leaving"}
     write(old, 0, b"last words")
@@ -326,8 +327,11 @@ WINDOW = '[exports.a]\nlayers = [{type = "raw", offset = "2M"}, {type = "file", 
         (A + B + export("c", more='read_only = "yes"'), 'exports.toml: [exports.c]: read_only: found "yes"'),
         (A + B + export("c", "missing"), "exports.toml: [exports.c]: {}/missing.raw: cannot be opened"),
         (A + '[exports.b]\nimage = "b.raw"\nformat = "qcow2"\n', "exports.toml: [exports.b]: {}/b.raw: "),
-        (A + B + export("c", "a"), "exports.toml: [exports.c]: {}/a.raw: is wanted for writing but already open here"),
-        (A + B + C + export("d", "c"), "exports.toml: [exports.d]: {}/c.raw: is wanted for writing but already open"),
+        (A + B + export("c", "a"), "exports.toml: [exports.c]: {}/a.raw: export 'c' writes it, which export 'a' does"),
+        (
+            A + B + C + export("d", "c"),
+            "exports.toml: [exports.d]: {}/c.raw: export 'd' writes it, which export 'c' does",
+        ),
         (WINDOW + B, "exports.toml: [exports.a]: offset: found 2097152, but the file has 1048576 bytes"),
         ('[exports.a]\nlayers = [{type = "luks", key = "x"}]\n', "exports.toml: [exports.a.layers[0]]: key: the layer"),
     ],
@@ -443,6 +447,24 @@ def test_a_node_that_is_to_be_written_from_now_on_is_opened_again(deployment: De
     assert (report.added, report.changed, report.waiting) == (["y"], ["x"], {})
     assert server.exports["y"].root is server.exports["x"].root
     assert not server.exports["y"].info.read_only
+
+
+def test_who_needs_a_node_for_itself_waits_for_those_who_write_it(deployment: Deployment) -> None:
+    """As with files; and an export that stays is a reason to refuse."""
+    nodes = NODE.replace("OFFSET", "0")
+    alone = '[exports.y]\nlayers = [{type = "copy-before-write", file = [{node = "n"}], TARGET}]\n'
+    alone = alone.replace("TARGET", 'target = [{type = "memory", size = "1M"}]')
+    deployment.start(nodes + node("x"))
+    client = deployment.connect("x")
+    refused = "export 'x' writes .*a.raw, which export 'y' .file of copy-before-write. does not allow"
+    with pytest.raises(ConfigError, match=r"\[exports.y\]: " + refused):
+        deployment.reload(nodes + node("x") + alone)
+    report = deployment.reload(nodes + alone)
+    assert re.search(refused, report.waiting["y"])
+    write(client, 0, b"last words")
+    client.close()
+    eventually(lambda: deployment.is_served("y"))
+    assert read(deployment.connect("y"), 0, 10) == b"last words"
 
 
 def test_a_new_node_that_could_not_be_opened_leaves_nothing_behind(deployment: Deployment) -> None:

@@ -26,6 +26,7 @@ from nbdserver.errors import ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent, Transform
 from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
 from nbdserver.limits import BOUNCE_MAX, DISK_MAX
+from nbdserver.permissions import CHANGING, READ, Grant, as_backing
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Request, Vector
 
@@ -82,6 +83,12 @@ class Luks(Layer):
             self._transform = Transform(ENGINE_CIPHER, key, SECTOR)
 
     # -- what it is --------------------------------------------------------------------------------------------------
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        if role == "header":
+            return as_backing(own)
+        # Sectors that are written in part are read before: nobody else may write there.
+        return Grant(own.used | READ, own.shared & ~CHANGING)
 
     @property
     def size(self) -> int:

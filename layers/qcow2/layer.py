@@ -50,6 +50,7 @@ from nbdserver.extent import CODE, ZERO, BlockLimits, DirtyBitmap, DirtyLog, Ext
 from nbdserver.format import Bitmap, ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
 from nbdserver.graph import attach, bare, reach
 from nbdserver.layer import BASE_ALLOCATION, DIRTY_BITMAP, Buffers, Layer, Opener
+from nbdserver.permissions import READER, Grant
 from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
@@ -77,6 +78,7 @@ class Qcow2(Layer):
     pass_discard_snapshot: bool = True
     pass_discard_other: bool = False
 
+    is_format: ClassVar[bool] = True
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: compressed data is read into ordinary memory, and decompressed into the request's",
@@ -339,6 +341,11 @@ class Qcow2(Layer):
     @property
     def size(self) -> int:
         return self.reader.size
+
+    def child_grant(self, role: str, own: Grant) -> Grant:
+        # A snapshot is shown beside the disk that is being written: where its own bytes are never changes.
+        is_beside = self._live is not None and role != "backing"
+        return READER if is_beside else super().child_grant(role, own)
 
     @property
     def limits(self) -> BlockLimits:

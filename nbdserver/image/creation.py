@@ -142,7 +142,9 @@ def _data_file(images: Images, size: int, options: Any, cache: str, progress: Pr
 
 def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]) -> Layer:
     """Open the image that `make` has made, for writing."""
+    images.hand_over(made.file)
     if made.data_file is not None:
+        images.hand_over(made.data_file)
         keys = {"data_file": made.data_file, **keys}
     return images.enter(registry.build(format, {"file": made.file, **keys}), read_only=False)
 

@@ -18,6 +18,9 @@ from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.registry import NO_KEYS
 
+#: Who opens images here, in errors.
+USER: Final = "this command"
+
 #: For `Images.open`: leave the backing file alone.
 ALONE: Final[Mapping[str, object]] = {"backing": False}
 
@@ -88,9 +91,13 @@ class Images:
 
     def enter(self, layer: Layer, *, read_only: bool) -> Layer:
         """Open a stack of layers, which may stand on some that are open here."""
-        self._graph.open(layer, self.opener(read_only=read_only))
+        self._graph.open(layer, self.opener(read_only=read_only), user=USER)
         self._ending.callback(self._graph.close, layer)
         return layer
+
+    def hand_over(self, file: Layer) -> None:
+        """Keep the file open, and leave it to a layer that is to be opened on it."""
+        self._graph.hold(file)
 
     def close(self, layer: Layer) -> None:
         """Close what `open`, `file` or `enter` gave, before the end."""
@@ -98,7 +105,7 @@ class Images:
 
     def opener(self, *, read_only: bool) -> FileOpener:
         """What layers are opened with here."""
-        return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only)
+        return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only, user=USER)
 
 
 def layer_type(format: str) -> type[Layer]:

@@ -64,7 +64,7 @@ def roles(layer: Layer) -> list[tuple[str, str]]:
 
 
 def users(server: Server, layer: Layer) -> int:
-    return server._graph._users.get(layer, 0)
+    return len(server._graph._uses.get(layer, ()))
 
 
 # -- roots ---------------------------------------------------------------------------------------------------------

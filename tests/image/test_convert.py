@@ -181,9 +181,9 @@ def test_the_target_is_never_the_source(zoo: dict[str, Sample], tmp_path: Path) 
     link.hardlink_to(path)
     before = path.read_bytes()
     for target in (path, link):
-        assert "already open" in image("convert", "-O", "qcow2", path, target, status=1).stderr
+        assert "has it open already" in image("convert", "-O", "qcow2", path, target, status=1).stderr
     over = create(tmp_path / "over", MIB, backing=path)
-    assert "already open" in image("convert", "-O", "qcow2", over, path, status=1).stderr
+    assert "has it open already" in image("convert", "-O", "qcow2", over, path, status=1).stderr
     assert path.read_bytes() == before
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from nbdserver.image.parameters import parse_size
 from nbdserver.locks import lock_image
+from nbdserver.permissions import READER, as_file
 from tests.image.kit import KIB, MIB, image, image_json, qemu_img
 from tests.serving import create, run, run_json
 
@@ -68,7 +69,10 @@ def test_an_external_data_file_is_made_too(raw: str, tmp_path: Path, monkeypatch
     run("qemu-img", "compare", "-F", "raw", "disk", source)
     assert Path("data").stat().st_size == 2 * MIB
     assert raw == "off" or Path("data").read_bytes() == source.read_bytes()
-    assert "already open" in image("convert", "-O", "qcow2", "-o", "data_file=source", source, "other", status=1).stderr
+    assert (
+        "has it open already"
+        in image("convert", "-O", "qcow2", "-o", "data_file=source", source, "other", status=1).stderr
+    )
 
 
 def test_an_overlay_has_the_size_of_its_backing_file(tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_a_file_in_use_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"precious")
     with path.open("r+b") as file:
-        lock_image(file.fileno(), str(path), read_only=True)
+        lock_image(file.fileno(), str(path), as_file(READER, read_only=True))
         assert "another process" in image("create", path, "1M", status=1).stderr
     assert path.read_bytes() == b"precious"
     image("create", path, "1M")

@@ -113,11 +113,11 @@ def test_two_points_in_time(disk: File) -> None:
     first = CopyBeforeWrite(disk, Memory(SIZE))
     second = CopyBeforeWrite(first, Memory(SIZE))
     graph, files = Graph(), Files()
-    with open_stack(first, graph=graph, files=files) as live:
-        live.write(5, b"1st")
+    with open_stack(SnapshotAccess(first), graph=graph, files=files) as oldest:
+        with open_stack(first, graph=graph, files=files) as live:
+            live.write(5, b"1st")
         with (
             open_stack(second, graph=graph, files=files) as later,
-            open_stack(SnapshotAccess(first), graph=graph, files=files) as oldest,
             open_stack(SnapshotAccess(second), graph=graph, files=files) as older,
             open_stack(SnapshotAccess(second), graph=graph, files=files) as twin,
         ):

@@ -14,11 +14,13 @@ from pathlib import Path
 import nbd
 import pytest
 
+from layers.copy_before_write import CopyBeforeWrite
 from layers.copy_on_read import CopyOnRead
 from layers.file import File
 from layers.memory import Memory
 from layers.qcow2 import Qcow2
 from layers.raw import Raw
+from layers.snapshot_access import SnapshotAccess
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import CODE, Intent, OpenFile, Special
 from nbdserver.graph import flatten
@@ -188,9 +190,20 @@ def test_what_is_broken_ahead_does_not_matter_here(overlay: Path) -> None:
             export.read(50 * 64 * KIB, 1)
 
 
-def test_a_read_only_image_is_refused(overlay: Path) -> None:
-    refused = pytest.raises(ConfigError, match="file: the image is read-only")
-    with refused, open_stack(CopyOnRead(qcow2(overlay)), read_only=True):
+def test_a_read_only_export_copies_all_the_same(overlay: Path) -> None:
+    """As in QEMU: the filter has the permission "write unchanged", whoever is above."""
+    with open_stack(CopyOnRead(qcow2(overlay)), read_only=True) as export:
+        assert export.read(0, 512) == b"a" * 512
+        assert export.status(0, 64 * KIB, ALLOCATION_DEPTH) == [(64 * KIB, 1)]
+        with pytest.raises(RequestError) as caught:
+            export.write(0, b"x")
+        assert caught.value.errno == errno.EPERM
+    check(overlay)
+
+
+def test_what_cannot_be_written_is_refused(overlay: Path) -> None:
+    snapshot = SnapshotAccess(CopyBeforeWrite(qcow2(overlay), Memory(4 * MIB)))
+    with pytest.raises(ConfigError, match="file: is read-only, but"), open_stack(CopyOnRead(snapshot)):
         pass
 
 

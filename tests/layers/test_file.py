@@ -127,5 +127,8 @@ def test_a_block_device_has_one_identity(device: str, tmp_path: Path) -> None:
     alias = tmp_path / "alias"
     alias.symlink_to(device)
     files = Files()
-    with open_stack(File(device), files=files), pytest.raises(ImageError, match="a writer must be alone"):
+    with (
+        open_stack(File(device), files=files),
+        pytest.raises(ImageError, match="somebody writes it, but has it open already"),
+    ):
         files.open(str(alias), read_only=True)
