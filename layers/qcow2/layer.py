@@ -380,19 +380,15 @@ class Qcow2(Layer):
         return ((offset, end - offset),) if offset < end else ()
 
     def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
-        reader, stop = self.reader, offset + length
-        for run, start, end in reader.spans(offset, length, ahead=True):
-            is_writable = self._is_writable(run)
-            if intent is Intent.WRITE and not is_writable:
-                # What is written by code is not looked up ahead: the answer would not last.
-                if start >= stop:
-                    return
-                yield Extent(min(end, stop) - start, CODE)
-            elif is_writable:
+        reader = self.reader
+        # What is written by code is not looked up ahead: the answer would not last.
+        ahead = intent is Intent.READ or any(self._is_writable(run) for run, _, _ in reader.spans(offset, 1))
+        for run, start, end in reader.spans(offset, length, ahead=ahead):
+            if self._is_writable(run):
                 yield Extent(end - start, reader.data.file, reader.place(run, start), True)
-            elif run.kind is Kind.NORMAL:
+            elif run.kind is Kind.NORMAL and intent is Intent.READ:
                 yield from reader.stored(run, start, end)
-            elif run.kind is Kind.COMPRESSED:
+            elif run.kind is Kind.COMPRESSED or intent is Intent.WRITE:
                 yield Extent(end - start, CODE)
             elif run.kind is Kind.UNALLOCATED:
                 yield from reader.below(start, end)

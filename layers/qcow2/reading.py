@@ -56,8 +56,11 @@ class Reader:
         """
         limit = self.size if ahead else offset + length
         for run in self.mapping.runs(offset, offset + length, ahead=ahead):
-            if run.end > offset and run.start < limit:
-                yield run, max(run.start, offset), min(run.end, limit)
+            # Not max and min, which are calls: every page fault comes by here.
+            start = run.start if run.start > offset else offset
+            end = run.end if run.end < limit else limit
+            if start < end:
+                yield run, start, end
 
     def place(self, run: Run, offset: int) -> int:
         """Where in the data file the byte ``offset`` of the disk is, which a run with host clusters holds."""
