@@ -15,6 +15,7 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FileMode
 from nbdserver.files import FileOpener, Files, make
 from nbdserver.graph import Graph
+from nbdserver.image.remote import Remote, is_remote
 from nbdserver.layer import Layer
 from nbdserver.registry import NO_KEYS
 
@@ -47,7 +48,12 @@ class Images:
         self._ending.__exit__(kind, error, trace)
 
     def format(self, path: str, format: str | None) -> str:
-        """The image's format: the one given, or else what its first bytes say. Raises ImageError."""
+        """The image's format: the one given, or else what its first bytes say; a disk that a server exports is raw.
+
+        Raises ImageError.
+        """
+        if format is None and is_remote(path):
+            return "raw"
         return format if format is not None else self._files.probe(path)
 
     def open(
@@ -59,10 +65,16 @@ class Images:
         cache: str = "writeback",
         keys: Mapping[str, object] = NO_KEYS,
     ) -> Layer:
-        """Open the image at ``path``, and the chain below it. ``keys``: more keys of its layer's; those that the format
-        has no use for are left out, if they are in `ALONE`. Raises ImageError, ConfigError, OSError."""
+        """Open the image at ``path`` (or an NBD URI), and the chain below it.
+
+        ``keys``: more keys of its layer's; those that the format has no use for are left out, if they are in `ALONE`.
+        Raises ImageError, ConfigError, OSError.
+        """
         name = self.format(path, format)
         wanted = {key: value for key, value in keys.items() if key not in ALONE or has_key(layer_type(name), key)}
+        if is_remote(path):
+            layer_type(name)
+            return self.enter(registry.build(name, {"file": Remote(path), **wanted}), read_only=read_only)
         return self.enter(registry.image(path, name, FileMode(cache), wanted), read_only=read_only)
 
     def open_snapshot(self, path: str, format: str | None, snapshot: str | None) -> Layer:
@@ -79,10 +91,14 @@ class Images:
 
     def file(self, path: str, *, read_only: bool, cache: str = "writeback") -> Layer:
         """Open the file at ``path`` as what it is: an image's bytes. Raises as `open` does."""
+        if is_remote(path):
+            return self.enter(Remote(path), read_only=read_only)
         return self.enter(registry.build("file", {"path": path, "cache": cache}), read_only=read_only)
 
     def empty_file(self, path: str, *, cache: str = "writeback") -> Layer:
-        """An empty file at ``path``, locked: made, or else emptied. A block device is what it is."""
+        """An empty file at ``path``, locked: made, or else emptied. A block device is what it is. Raises as `open`."""
+        if is_remote(path):
+            raise ImageError("is there already, and is what it is: write into it, with --no-create", path=path)
         make(path)
         file = self.file(path, read_only=False, cache=cache)
         if not is_device(path):

@@ -27,9 +27,9 @@ def test_every_command_has_its_help() -> None:
 
 
 def test_no_command_is_imported_that_is_not_called() -> None:
-    code = "import sys, nbdserver.cli; print([name for name in sys.modules if name.startswith('nbdserver.image.')])"
+    code = "import sys, nbdserver.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['nbdserver.image.cli']\n"
+    assert not {f"nbdserver.image.{name}" for name in COMMANDS} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
