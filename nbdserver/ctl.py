@@ -200,6 +200,9 @@ def reload(session: Session, hard: bool, as_json: bool) -> None:
 
 def _reload_lines(answer: dict[str, Any]) -> Iterator[str]:
     for key, found in answer.items():
+        if key == "unchanged":
+            yield f"{key}: {len(found)}"
+            continue
         for name in found:
             why = f": {found[name]}" if isinstance(found, dict) else ""
             yield f"{key}: {name}{why}"

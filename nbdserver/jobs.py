@@ -22,7 +22,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from nbdserver.errors import ConfigError, NbdserverError
@@ -303,13 +303,17 @@ class Jobs:
         with self._lock:
             self._jobs.pop(id, None)
 
+    def on(self, layers: Iterable[Layer]) -> list[Job]:
+        """Those that work on any of ``layers``, but for the one that calls."""
+        asked = set(layers)
+        return [job for job in self.all if not job.is_own_thread and not job.layers.isdisjoint(asked)]
+
     @contextlib.contextmanager
     def held(self, layers: Collection[Layer], timeout: float = DRAIN_TIMEOUT) -> Iterator[None]:
         """Hold all jobs that work on any of ``layers``, but for the one that calls. Raises TimeoutError."""
         with contextlib.ExitStack() as holding:
-            for job in self.all:
-                if not job.is_own_thread and not job.layers.isdisjoint(layers):
-                    holding.enter_context(job.held(timeout))
+            for job in self.on(layers):
+                holding.enter_context(job.held(timeout))
             yield
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:

@@ -176,8 +176,9 @@ class Offers(Mapping[str, ExportInfo], Generic[AnyExport]):
             for export in add:
                 _add(exports, export)
             self._set_default(exports, default)
-            self.exports.clear()
-            self.exports.update(exports)
+            for name in set(self.exports) - set(exports):
+                del self.exports[name]
+            self.exports.update(exports)  # who looks without the lock never misses what stays
             for export in leaving:
                 export.is_leaving = True
                 self._leaving.add(export)

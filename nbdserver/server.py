@@ -21,7 +21,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -592,19 +592,21 @@ class Server:
         """
         idle = self._offers.change(add=add, remove=remove, default=default, if_idle=mode is Removal.SAFE)
         if mode is Removal.HARD:
-            for export in remove:
-                for client in self._offers.clients_of(export):
-                    client.connection.disconnect()
+            self.disconnect_all(remove)
         with contextlib.ExitStack() as ending:
             for export in idle:
                 ending.callback(self.end, export)
 
     def remove(self, name: str, mode: Removal = Removal.SAFE, timeout: float = STOP_TIMEOUT) -> bool:
-        """Offer the export no longer. Whether it is over: with DRAIN it may not be, and with HARD not if running
-        requests take longer than ``timeout``, seconds. Raises as `change`, and ConfigError if there is none such."""
-        export = self._named(name)
-        self.change(remove=[export], mode=mode)
-        return export.ended.wait(timeout if mode is Removal.HARD else 0)
+        """Offer the export no longer; HARD also disconnects the clients of one that is leaving already. Whether it is
+        over: with DRAIN it may not be, and with HARD not if running requests take longer than ``timeout``, seconds.
+        Raises as `change`, and ConfigError if there is none such."""
+        leaving = [export for export in self.leaving if export.name == name and mode is Removal.HARD]
+        removed = [self._named(name)] if name in self.exports or not leaving else []
+        self.change(remove=removed, mode=mode)
+        self.disconnect_all(leaving)
+        deadline = time.monotonic() + (timeout if mode is Removal.HARD else 0)
+        return all(export.ended.wait(max(0.0, deadline - time.monotonic())) for export in (*removed, *leaving))
 
     def end(self, export: Export) -> None:
         """Close the layers of an export that takes no clients and has none, once its last requests have ended."""
@@ -630,17 +632,22 @@ class Server:
         if export.info.read_only:
             raise ConfigError(f"export {name!r} is read-only")
         with self.drained(export.root) as exports:
-            writable = {layer for _, layer in walk(export.root) if not layer.read_only}
-            for other in self.opened:
-                if other.root is export.root or other.is_ending:
-                    continue
-                if not writable.isdisjoint(layer for _, layer in walk(other.root)):
+            for other in self.sharing(export):
+                if other.root is not export.root:
                     raise ConfigError(f"export {name!r} stands on layers that export {other.name!r} uses too")
+            for job in self.jobs.on(layer for _, layer in walk(export.root)):
+                raise ConfigError(f"job {job.id!r} works on export {name!r}")
             try:
                 export.root.resize(size)
             finally:
                 for changed in exports:
                     changed.resized()
+
+    def sharing(self, export: Export) -> list[Export]:
+        """The other exports that use a layer which this one writes."""
+        written = {layer for _, layer in walk(export.root) if not layer.read_only}
+        others = [other for other in self.opened if other is not export and not other.is_ending]
+        return [other for other in others if not written.isdisjoint(layer for _, layer in walk(other.root))]
 
     @contextlib.contextmanager
     def drained(self, layer: Layer, timeout: float = DRAIN_TIMEOUT) -> Iterator[list[Export]]:
@@ -702,6 +709,12 @@ class Server:
 
     def clients_of(self, export: Export) -> list[Client]:
         return self._offers.clients_of(export)
+
+    def disconnect_all(self, exports: Iterable[Export]) -> None:
+        """Close the connections of all clients of these exports."""
+        for export in exports:
+            for client in self._offers.clients_of(export):
+                client.connection.disconnect()
 
     def disconnect(self, id: int) -> None:
         """Close one client's connection. Raises ConfigError if there is none such."""

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import enum
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -310,8 +311,11 @@ class Service:
         report = plan.report
         self._listen(bound, report)
         if mode is Removal.HARD:
-            for export in plan.leaving:
-                export.ended.wait(STOP_TIMEOUT)
+            leaving = self.server.leaving  # also those of earlier times
+            self.server.disconnect_all(leaving)
+            deadline = time.monotonic() + STOP_TIMEOUT
+            for export in leaving:
+                export.ended.wait(max(0.0, deadline - time.monotonic()))
         self._open_waiting()
         self._report(report)
         return report
@@ -431,16 +435,15 @@ class Service:
 
     @contextlib.contextmanager
     def _drained_alone(self, name: str) -> Iterator[Export]:
-        """The export, in a drained section. Raises ConfigError if others stand on its topmost layer: what they did
-        would pass a filter by."""
+        """The export, in a drained section. Raises ConfigError if others use layers that it writes: what they did would
+        pass a filter by."""
         with self._lock, self.server.changing():
             export = self.server.exports.get(name)
             if export is None:
                 raise ConfigError(f"there is no export {name!r}")
             with self.server.drained(export.root) as exports:
-                for other in exports:
-                    if other is not export:
-                        raise ConfigError(f"export {other.name!r} stands on the topmost layer of {name!r}, too")
+                for other in {*self.server.sharing(export), *exports} - {export}:
+                    raise ConfigError(f"export {other.name!r} uses layers of export {name!r}, too")
                 yield export
 
     def quit(self) -> None:

@@ -78,7 +78,7 @@ class Template:
     @property
     def instances(self) -> list[Export]:
         """Those that have clients now."""
-        return [export for export in self._server.exports.values() if export.made_by is self]
+        return [export for export in list(self._server.exports.values()) if export.made_by is self]
 
     def _prepare_directory(self) -> None:
         """Have the directory, without ephemeral overlays that a server which was killed has left there."""

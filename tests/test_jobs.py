@@ -249,6 +249,17 @@ def test_a_job_drains_without_waiting_for_itself_or_another_that_drains(nbd_serv
         assert job.error is None
 
 
+def test_a_disk_that_a_job_works_on_is_not_resized(nbd_server: NbdServers, disk: Path) -> None:
+    server, _ = nbd_server.start(File(path=str(disk)), name="disk")
+    steps = Steps()
+    server.jobs.start("copy", steps, layers=[server.exports["disk"].root])
+    with pytest.raises(ConfigError, match="job 'copy1' works on export 'disk'"):
+        server.resize("disk", MIB // 2)
+    steps.over.set()
+    assert server.jobs.get("copy1").wait(SOON)
+    server.resize("disk", MIB // 2)
+
+
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,14 @@ def test_a_hard_reload_disconnects_clients_of_what_is_removed_only(deployment: D
     assert read(kept) == b"a"
 
 
+def test_a_hard_reload_ends_what_an_earlier_one_has_left(deployment: Deployment) -> None:
+    deployment.start(A + B)
+    client = deployment.connect("b")
+    assert deployment.reload(A).leaving == ["b"]
+    assert deployment.reload(A, Removal.HARD).leaving == []
+    assert client.rest() == b""
+
+
 def test_what_an_export_is_called_besides_is_taken_up_without_touching_it(deployment: Deployment) -> None:
     server = deployment.start(A + B).service.server
     before = dict(server.exports)

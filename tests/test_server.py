@@ -152,6 +152,18 @@ def test_a_drained_export_ends_after_its_last_client(nbd_server: NbdServers, dis
     server.export("disk", File(path=str(disk)))
 
 
+def test_an_export_that_is_leaving_is_told_to_end(nbd_server: NbdServers, disk: Path) -> None:
+    server, uri = served(nbd_server, disk)
+    client = connect(uri)
+    assert not server.remove("disk", Removal.DRAIN)
+    with pytest.raises(ConfigError, match="there is no export 'disk'"):
+        server.remove("disk", Removal.SAFE)
+    assert server.remove("disk", Removal.HARD)
+    assert client.rest() == b""
+    with pytest.raises(ConfigError, match="there is no export 'disk'"):
+        server.remove("disk", Removal.HARD)
+
+
 def test_a_removal_waits_for_the_requests_of_clients_that_have_gone(nbd_server: NbdServers, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     pages = Pages(file=File(path=str(tmp_path / "disk")), pages=1)
