@@ -59,6 +59,8 @@ COMPRESSION_TYPE_AT: Final = 104
 INCOMPATIBLE_AT: Final = 72
 
 BACKING_NAME_FIELD: Final = struct.Struct(">Q")
+#: ``backing_file_offset`` and ``backing_file_size``.
+BACKING_FIELDS: Final = struct.Struct(">QI")
 #: ``size``, ``crypt_method``, ``l1_size`` and ``l1_table_offset``, which change together.
 DISK_FIELDS: Final = struct.Struct(">QIIQ")
 #: ``nb_snapshots`` and ``snapshots_offset``, and so do these.

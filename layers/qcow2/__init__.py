@@ -25,7 +25,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `snapshots`      made, applied, deleted       `points`      what it takes to pass a point in time
 `snapshot_table` the table of them            `references`  what L2 tables refer to
 `head`           the header's fields that change at points in time
-`marks`          dirty and corrupt
+`marks`          dirty and corrupt            `info`        what there is to say of an image
 `bitmaps`        dirty bitmaps, kept true     `bitmap_store` into the file, safe at every instant
 `bitmap_directory` as the file has them
 `create`         new images                   `compose`     the first cluster, put together

@@ -21,9 +21,11 @@ import errno
 from typing import Final
 
 from layers.ondisk.qcow2 import (
+    BACKING_FIELDS,
     BACKING_NAME_AT,
     BACKING_NAME_FIELD,
     EXTENSION,
+    EXTENSION_BACKING_FORMAT,
     EXTENSION_END,
     EXTENSION_SKIP,
     HEADER,
@@ -51,6 +53,20 @@ def set_extension(file: Layer, kind: int, data: bytes | None) -> None:
         known = [each for each, _ in area.extensions if each != EXTENSION_SKIP]
         wanted.insert(known.index(kind) if kind in known else len(wanted), (kind, data))
     area.replace(b"".join(map(_encoded, wanted)) + EXTENSION.pack(EXTENSION_END, 0))
+
+
+def set_backing(file: Layer, name: bytes, format: bytes | None) -> None:
+    """Have the image in ``file`` name another backing file, or (an empty name) none, durably and at one instant.
+
+    As `set_extension`; ENOTSUP if the header is too long for that.
+    """
+    area = _Area(file)
+    wanted = [(each, content) for each, content in area.extensions if each != EXTENSION_SKIP]
+    at = next((index for index, (kind, _) in enumerate(wanted) if kind == EXTENSION_BACKING_FORMAT), 0)
+    wanted = [(kind, content) for kind, content in wanted if kind != EXTENSION_BACKING_FORMAT]
+    if format is not None:
+        wanted.insert(at, (EXTENSION_BACKING_FORMAT, format))
+    area.replace_with_name(b"".join(map(_encoded, wanted)) + EXTENSION.pack(EXTENSION_END, 0), name)
 
 
 def _encoded(extension: tuple[int, bytes]) -> bytes:
@@ -113,6 +129,50 @@ class _Area:
             self._write(start, new[first : first + UNIT])
         else:
             self._replace_all(new)
+
+    def replace_with_name(self, new: bytes, name: bytes) -> None:
+        """Have the extensions be ``new``, and the backing file's name ``name``: both, from one instant on.
+
+        That is a write of the first sector, in which the header says where the name is. What it cannot hold has been
+        written before, to where there was nothing. Extensions that go on behind it take two more steps, as in
+        `replace`.
+        """
+        start, stop = self._start, self._start + len(new)
+        if start + UNIT > SECTOR:
+            raise OSError(errno.ENOTSUP, "the header is longer than a sector", self._file.filename)
+        if stop + len(name) <= SECTOR:
+            self._switch(stop, name, new + name)
+            return
+        end = self._stop if self._end is None else self._end + UNIT
+        behind = max(end, stop)
+        if self._header[SECTOR:stop] == new[SECTOR - start :]:
+            self._switch(self._put(behind, name), name, new[: SECTOR - start])
+            return
+        if behind + len(new) > self._stop:
+            self._move_name(behind + len(new))
+        place = self._put(behind + len(new), name)
+        self._write(behind, new)
+        self._switch(place, name, EXTENSION.pack(EXTENSION_SKIP, behind - start - EXTENSION.size))
+        self._write(start + UNIT, new[UNIT:])
+        self._write(start, new[:UNIT])
+
+    def _put(self, floor: int, name: bytes) -> int:
+        """Write a name somewhere from ``floor`` on where the present one is not: the place."""
+        place = floor
+        if floor + len(name) > self._stop:
+            place = max(floor, self._name_at + self._name_length)
+        if place + len(name) > len(self._header):
+            raise self._no_room()
+        if name:
+            self._write(place, name)
+        return place
+
+    def _switch(self, place: int, name: bytes, head: bytes) -> None:
+        """Have the header name the backing file at ``place``, and the extensions begin with ``head``."""
+        fields = BACKING_FIELDS.pack(place, len(name)) if name else BACKING_FIELDS.pack(0, 0)
+        between = self._header[BACKING_NAME_AT + len(fields) : self._start]
+        self._write(BACKING_NAME_AT, fields + bytes(between) + head)
+        self._name_at, self._name_length = BACKING_FIELDS.unpack(fields)
 
     def _replace_all(self, new: bytes) -> None:
         """The three steps."""

@@ -7,10 +7,11 @@ import dataclasses
 import errno
 import functools
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from layers.ondisk.qcow2 import (
     AUTOCLEAR_AT,
@@ -26,11 +27,12 @@ from layers.qcow2.bitmap_store import BitmapStore
 from layers.qcow2.bitmaps import Bitmaps
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.create import Options, make_image
-from layers.qcow2.extensions import set_extension
+from layers.qcow2.extensions import set_backing, set_extension
 from layers.qcow2.head import Head
 from layers.qcow2.header import KEPT, Header, check_writable, read_header
 from layers.qcow2.host import DataFile, InImage
-from layers.qcow2.limits import L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
+from layers.qcow2.info import describe
+from layers.qcow2.limits import BACKING_NAME_MAX, L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
 from layers.qcow2.mapping import Mapping, WritableMapping
 from layers.qcow2.marks import Marks
 from layers.qcow2.measure import measure
@@ -365,6 +367,42 @@ class Qcow2(Layer):
         if self._marks is not None:
             return self._marks.has(INCOMPATIBLE_DIRTY)
         return bool(self.header.incompatible & INCOMPATIBLE_DIRTY)
+
+    def info(self) -> dict[str, Any]:
+        """`nbdserver.format.Describes`."""
+        is_corrupt = self._marks is not None and self._marks.has(INCOMPATIBLE_CORRUPT)
+        return describe(self.header, self.bitmaps(), is_corrupt=is_corrupt)
+
+    # -- the backing file's name: `nbdserver.format.HasBacking` -----------------------------------------------------
+
+    @property
+    def backing_name(self) -> str | None:
+        return self.header.backing_name
+
+    @property
+    def backing_format(self) -> str | None:
+        return self.header.backing_format
+
+    def set_backing(self, name: str | None, format: str | None) -> None:
+        if self._writer is None or self._marks is None:
+            raise RequestError(errno.EROFS, f"{self.filename}: is open read-only")
+        encoded = os.fsencode(name) if name else b""
+        if encoded and self.header.is_raw:
+            raise RequestError(
+                errno.EINVAL, f"{self.filename}: its data file is a raw image, and shows no backing file"
+            )
+        if len(encoded) > BACKING_NAME_MAX:
+            raise RequestError(
+                errno.EINVAL, f"{self.filename}: a backing file's name has at most {BACKING_NAME_MAX} bytes"
+            )
+        if not encoded:
+            format = None
+        try:
+            with self._writer.paused(), self._marks.lock:
+                set_backing(self.file, encoded, os.fsencode(format) if format else None)
+        except OSError as error:
+            raise RequestError.of(error) from error
+        self._header = dataclasses.replace(self.header, backing_name=name or None, backing_format=format or None)
 
     # -- where the bytes live ---------------------------------------------------------------------------------------
 

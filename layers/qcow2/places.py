@@ -9,36 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from layers.ondisk.qcow2 import (
-    AUTOCLEAR_BITMAPS,
-    BITMAP_ALL_ONES,
-    BITMAP_AUTO,
-    BITMAP_ENTRY,
-    BITMAP_IN_USE,
-    BITMAP_TABLE_RESERVED,
-    BITMAP_TYPE_DIRTY,
-    BITMAPS_FIELDS,
-    ENCRYPTION_FIELDS,
-    EXTENSION_BITMAPS,
-    EXTENSION_ENCRYPTION,
-    OFFSET_MASK,
-    SNAPSHOT,
-    BitmapEntryFields,
-    SnapshotFields,
-)
+from layers.ondisk.qcow2 import ENCRYPTION_FIELDS, EXTENSION_ENCRYPTION, SNAPSHOT, SnapshotFields
+from layers.qcow2.bitmap_directory import data_runs, read_directory, read_table
 from layers.qcow2.findings import Findings, Unchecked
-from layers.qcow2.limits import (
-    BITMAP_DIRECTORY_MAX,
-    BITMAP_GRANULARITY_BITS_MAX,
-    BITMAP_GRANULARITY_BITS_MIN,
-    BITMAP_MAX,
-    BITMAP_NAME_MAX,
-    BITMAP_TABLE_COUNT_MAX,
-    BITMAPS_COUNT_MAX,
-    L1_TABLE_MAX,
-    SNAPSHOT_EXTRA_DATA_MAX,
-    SNAPSHOT_TABLE_MAX,
-)
+from layers.qcow2.limits import L1_TABLE_MAX, SNAPSHOT_EXTRA_DATA_MAX, SNAPSHOT_TABLE_MAX
+from layers.qcow2.storage import Storage
 from layers.qcow2.subject import Subject
 from nbdserver.errors import ImageError
 from nbdserver.limits import DISK_MAX
@@ -101,79 +76,19 @@ def bitmaps(subject: Subject, findings: Findings) -> Iterator[Place]:
 
     Raises Unchecked if it cannot be told where they are, ImageError, OSError.
     """
-    data = subject.header.extensions.get(EXTENSION_BITMAPS)
-    if data is None or not subject.header.autoclear & AUTOCLEAR_BITMAPS:
-        return
-    count, offset, length = _bitmaps_extension(subject, data)
-    yield Place("bitmap directory", offset, length)
-    for what, fields in _bitmap_entries(subject, findings, count, offset, length):
-        yield Place(f"{what}: table", fields.table_offset, fields.table_size * 8)
-        for number, entry in enumerate(subject.entries(fields.table_offset, fields.table_size)):
-            place = entry & OFFSET_MASK
-            if entry & BITMAP_TABLE_RESERVED or place % subject.cluster_size or (place and entry & BITMAP_ALL_ONES):
-                findings.corrupt(f"{what}: table, entry {number} is {entry:#018x}")
-                raise Unchecked
-            if place:
-                yield Place(f"{what}: table, entry {number}", place, subject.cluster_size)
-
-
-def _bitmaps_extension(subject: Subject, data: bytes) -> tuple[int, int, int]:
-    """(number of bitmaps, offset, length of their directory)."""
-    what = "bitmaps extension"
-    if len(data) != BITMAPS_FIELDS.size:
-        raise _error(subject, f"{what}: length", None, len(data), BITMAPS_FIELDS.size)
-    count, reserved, length, offset = BITMAPS_FIELDS.unpack(data)
-    if reserved:
-        raise _error(subject, f"{what}: reserved field", None, reserved, 0)
-    if not 1 <= count <= BITMAPS_COUNT_MAX:
-        raise _error(subject, f"{what}: number of bitmaps", None, count, f"1 to {BITMAPS_COUNT_MAX}")
-    if offset % subject.cluster_size:
-        raise _error(subject, f"{what}: directory", None, f"place {offset:#x}", "one aligned to clusters")
-    if length > BITMAP_DIRECTORY_MAX:
-        raise _error(subject, f"{what}: directory size", None, length, f"at most {BITMAP_DIRECTORY_MAX}")
-    return count, offset, length
-
-
-def _bitmap_entries(
-    subject: Subject, findings: Findings, count: int, offset: int, length: int
-) -> Iterator[tuple[str, BitmapEntryFields]]:
-    """(what, entry) for each of the bitmap directory."""
-    directory, at = subject.read(offset, length), 0
-    for number in range(count):
-        what = f"bitmap directory, entry {number}"
-        if at + BITMAP_ENTRY.size > length:
-            findings.corrupt(f"{what} at {offset + at:#x} passes the directory's end, {offset + length:#x}")
-            raise Unchecked
-        fields = BitmapEntryFields._make(BITMAP_ENTRY.unpack_from(directory, at))
-        at += -(-(BITMAP_ENTRY.size + fields.name_size + fields.extra_data_size) // 8) * 8
-        wrong = _wrong_bitmap(subject, fields)
-        if wrong is not None or at > length:
-            findings.corrupt(f"{what}: {wrong or 'passes the end of the directory'}")
-            raise Unchecked
-        yield what, fields
-    if at != length:
-        findings.corrupt(f"bitmap directory: {length} bytes, of which {count} bitmaps use {at}")
-        raise Unchecked
-
-
-def _wrong_bitmap(subject: Subject, fields: BitmapEntryFields) -> str | None:
-    """What no bitmap can have."""
-    length = fields.table_size * subject.cluster_size
-    reach = (length * 8) << fields.granularity_bits
-    checks = {
-        f"table at {fields.table_offset:#x}": fields.table_offset == 0 or fields.table_offset % subject.cluster_size,
-        f"table of {fields.table_size} entries": not 1 <= fields.table_size <= BITMAP_TABLE_COUNT_MAX,
-        f"flags {fields.flags:#x}": fields.flags & ~(BITMAP_IN_USE | BITMAP_AUTO),
-        f"type {fields.type}": fields.type != BITMAP_TYPE_DIRTY,
-        f"granularity of {fields.granularity_bits} bits": not BITMAP_GRANULARITY_BITS_MIN
-        <= fields.granularity_bits
-        <= BITMAP_GRANULARITY_BITS_MAX,
-        f"name of {fields.name_size} bytes": fields.name_size > BITMAP_NAME_MAX,
-        f"extra data of {fields.extra_data_size} bytes": fields.extra_data_size,
-        f"{length} bytes": length > BITMAP_MAX,
-        f"reaches over {reach} bytes only": not fields.flags & BITMAP_IN_USE and reach < subject.header.size,
-    }
-    return next((text for text, is_wrong in checks.items() if is_wrong), None)
+    storage = Storage(subject.file, subject.cluster_size)
+    directory = read_directory(storage, subject.header)
+    if directory.entries:
+        yield Place("bitmap directory", directory.offset, directory.size)
+    for entry in directory.entries:
+        yield Place(f"table of bitmap {entry.name!r}", entry.table_offset, entry.table_count * 8)
+        try:
+            table = read_table(storage, entry)
+        except ImageError as error:
+            findings.corrupt(error.args[0])
+            raise Unchecked from error
+        for first, count in data_runs(table, subject.cluster_size):
+            yield Place(f"bitmap {entry.name!r}", first * subject.cluster_size, count * subject.cluster_size)
 
 
 def _error(subject: Subject, message: str, offset: int | None, found: object, wanted: object) -> ImageError:

@@ -97,6 +97,10 @@ class Writer:
         if not self.is_condemned:
             self._order.close()
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Have no metadata written."""
+        return self._order.paused()
+
     def condemn(self, error: ImageError) -> None:
         """Write nothing any more: the image is corrupt."""
         self._order.condemn(error)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from layers.ondisk.qcow2 import EXTENSION_BITMAPS, EXTENSION_SKIP
-from layers.qcow2.extensions import set_extension
+from layers.ondisk.qcow2 import EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS, EXTENSION_SKIP
+from layers.qcow2.extensions import set_backing, set_extension
 from layers.qcow2.header import read_header
 from tests.layers.qcow2_kit import SECTOR, Operation, RecordedFile, apply
 from tests.serving import SEED, amount, check, create, run, run_json
@@ -98,6 +98,47 @@ def test_a_crash_leaves_the_old_extensions_or_the_new_ones(bits: int) -> None:
             found = parsed(state)
             assert found in ((extensions, name), (expected, name)), (position, [str(o) for o in file.log])
     assert refused < count / 4
+
+
+@pytest.mark.parametrize("bits", [9, 10, 12, 16])
+def test_a_crash_leaves_the_old_backing_file_or_the_new_one(bits: int) -> None:
+    """Name and format, and every other extension as it was."""
+    pick = random.Random(f"{SEED} backing {bits}")
+    refused, count, kinds = 0, amount(30, 1000), set()
+    for _ in range(count):
+        name = pick.choice((b"", b"base.qcow2", b"/a/longer/name/" + b"x" * 100))
+        initial, extensions, _ = make(pick, bits, name=name, apart=pick.choice((0, 0, 8, 200)))
+        if len(initial) > 1 << bits:
+            continue
+        for wanted, format in ((b"other", b"raw"), (b"", None), (b"y" * 300, b"qcow2"), (b"z" * 40, None)):
+            expected = [(kind, data) for kind, data in extensions if kind != EXTENSION_BACKING_FORMAT]
+            if format is not None:
+                expected.insert(0, (EXTENSION_BACKING_FORMAT, format))
+            before = parsed(initial)
+            file = RecordedFile(bytearray(initial))
+            try:
+                set_backing(file, wanted, format)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC and bits <= 10
+                refused += 1
+                continue
+            assert parsed(file.data) == (expected, wanted)
+            kinds.add(sum(operation.name == "write" for operation in file.log))
+            for position, state in every_state(initial, file.log):
+                assert parsed(state) in (before, (expected, wanted)), (position, [str(o) for o in file.log])
+            initial, extensions = bytes(file.data), expected
+    assert refused < count
+    assert bits < 16 or kinds >= {1, 2, 5}, "every way is gone"
+
+
+def test_backing_files_may_change_again_and_again() -> None:
+    initial, _, _ = make(random.Random(3), 12, name=b"first")
+    file = RecordedFile(bytearray(initial))
+    for number in range(50):
+        name = b"x" * (number * 37 % 500)
+        set_backing(file, name, pick := (b"raw", b"qcow2", None)[number % 3] if name else None)
+        found, named = parsed(file.data)
+        assert named == name and dict(found).get(EXTENSION_BACKING_FORMAT) == pick
 
 
 def test_nothing_is_written_where_nothing_changes() -> None:
