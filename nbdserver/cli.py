@@ -16,7 +16,7 @@ import re
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -25,10 +25,11 @@ import click
 import nbdserver
 from nbdserver import client, config, explain, registry, uri
 from nbdserver.commands import Commands
-from nbdserver.config import Config
+from nbdserver.config import Config, ExportConfig
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
 from nbdserver.errors import ConfigError, NbdserverError
+from nbdserver.extent import AIOS, CACHES
 from nbdserver.files import FileOpener
 from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
@@ -123,6 +124,24 @@ main.add_command(image)
 )
 @click.option("--read-only", "-r", is_flag=True, help="Serve everything read-only.")
 @click.option(
+    "--cache",
+    type=click.Choice(CACHES),
+    help="How the images are cached: none is past the page cache (O_DIRECT), writethrough durable when answered, "
+    "unsafe never made durable.  [default: writeback]",
+)
+@click.option("--aio", type=click.Choice(AIOS), help="What carries out the images' I/O.  [default: io_uring]")
+@click.option(
+    "--discard",
+    type=click.Choice(config.DISCARDS),
+    help="Whether clients may give storage back, by trimming or along with zeroing.  [default: unmap, they may]",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice(config.DETECT_ZEROES),
+    help="Whether writes of zeroes become zero requests, which need no storage (unmap: and give it back).  "
+    "[default: off]",
+)
+@click.option(
     "--root",
     "roots",
     multiple=True,
@@ -194,6 +213,10 @@ def serve(
     listen: tuple[str, ...],
     format: str | None,
     read_only: bool,
+    cache: str | None,
+    aio: str | None,
+    discard: str | None,
+    detect_zeroes: str | None,
     roots: tuple[str, ...],
     backend: str | None,
     workers: int | None,
@@ -221,6 +244,7 @@ def serve(
     \b
     Examples:
       nbdserver serve vm.qcow2
+      nbdserver serve --cache none --discard ignore --format raw disk.img
       nbdserver serve --format raw --listen 'nbd+unix:///?socket=/run/nbd.sock' /dev/vg0/disk
       nbdserver serve exports.toml
     """
@@ -228,10 +252,11 @@ def serve(
         raise click.UsageError("--verbose and --quiet contradict each other")
     options: dict[str, Any] = {"backend": backend, "workers": workers, "pool": pool, "record": record}
     given = {key: value for key, value in options.items() if value is not None}
+    of_image = {"format": format, "cache": cache, "aio": aio, "discard": discard, "detect_zeroes": detect_zeroes}
 
     def configure() -> Config:
-        wanted = _configured(sources, format, read_only or None)
-        return dataclasses.replace(
+        wanted = _configured(sources, of_image, read_only or None)
+        wanted = dataclasses.replace(
             wanted,
             listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
             roots=(*wanted.roots, *roots),
@@ -239,6 +264,10 @@ def serve(
             tls=_tls(wanted.tls, tls_mode, tls_certificates, tls_psk, tls_verify),
             control=control or wanted.control,
         )
+        for export in wanted.exports:
+            with _misused(export):
+                export.check(wanted.engine.backend)
+        return wanted
 
     is_reloaded = not sources or sources[0].endswith(".toml")
     _Serving(configure, is_reloaded, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
@@ -361,7 +390,7 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
     """
     if "://" in source or source.startswith("nbd+unix:"):
         raise click.UsageError("name a configuration or an image; `nbdserver ctl explain` asks a running server")
-    wanted = _configured((source,), format, None)
+    wanted = _configured((source,), {"format": format}, None)
     try:
         offset, length = explain.parse_range(range_)
         told = explain.explain(wanted, export, explain.OPERATIONS[operation], offset, length)
@@ -397,18 +426,32 @@ def _tls(
     return tls
 
 
-def _configured(sources: Sequence[str], format: str | None, read_only: bool | None) -> Config:
-    """What the arguments of ``serve`` name, read-only if so wished. Raises ConfigError, click.UsageError."""
+@contextlib.contextmanager
+def _misused(export: ExportConfig) -> Iterator[None]:
+    """What is wrong with an image's key is wrong with the option of that name."""
+    try:
+        yield
+    except ConfigError as error:
+        if export.where.file is not None or error.key is None:
+            raise
+        raise click.UsageError(f"--{error.key.replace('_', '-')}: {error.message}") from error
+
+
+def _configured(sources: Sequence[str], of_image: Mapping[str, str | None], read_only: bool | None) -> Config:
+    """What the arguments of ``serve`` name, read-only if so wished. ``of_image``: options for images, None where they
+    are not given. Raises ConfigError, click.UsageError."""
+    given = {key: value for key, value in of_image.items() if value is not None}
     if not sources:
         if not os.path.exists(CONFIG_DEFAULT):
             raise click.UsageError(f"name a configuration or images (there is no {CONFIG_DEFAULT} here)")
         sources = (CONFIG_DEFAULT,)
     if not any(source.endswith(".toml") for source in sources):
-        return config.of_images(sources, format=format, read_only=read_only)
+        return config.of_images(sources, read_only=read_only, **given)
     if len(sources) > 1:
         raise click.UsageError("name one configuration, or images: not several, not both")
-    if format is not None:
-        raise click.UsageError("--format is for images; a configuration says each export's format itself")
+    for key in given:
+        option = key.replace("_", "-")
+        raise click.UsageError(f"--{option} is for images; a configuration says each export's {option} itself")
     wanted = config.load(sources[0])
     if read_only:
         exports = tuple(dataclasses.replace(export, read_only=True) for export in wanted.exports)

@@ -11,7 +11,8 @@
     [engine]                                 workers, pool, backend, fault_threads, record
 
     [exports.vm]                             one image
-    image = "vm.qcow2"                       format, read_only, description, default, tls
+    image = "vm.qcow2"                       format, read_only, description, default, tls;
+                                             cache, aio, discard, detect_zeroes
 
     [exports.disk]                           or layers, from top to bottom
     layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
@@ -59,6 +60,7 @@ from typing import Any, Final, NoReturn
 
 from nbdserver import registry, uri
 from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import AIOS, CACHES, FILE_MODE, FileMode
 from nbdserver.files import Files
 from nbdserver.handshake import TlsMode, encoded
 from nbdserver.layer import Layer
@@ -91,7 +93,18 @@ EXPORT_TLS: Final = ("default", "required")
 
 #: Keys of the file, and of the table of an export.
 TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
-EXPORT_KEYS: Final = ("image", "format", "layers", "read_only", "description", "default", "tls", "template")
+EXPORT_KEYS: Final = (
+    *("image", "format", "layers", "read_only", "description", "default", "tls", "template"),
+    *("cache", "aio", "discard", "detect_zeroes"),
+)
+
+#: Keys of an export that go with ``image``, and what they are in ``layers``.
+IMAGE_KEYS: Final = {
+    "format": 'the layer\'s type, as in {type = "qcow2"}',
+    "cache": "a key of the layer file",
+    "aio": "a key of the layer file",
+    "detect_zeroes": 'a layer, {type = "detect-zeroes"}',
+}
 
 #: Keys of the template of a pattern.
 TEMPLATE_KEYS: Final = ("image", "format", "directory", "ephemeral", "count_max", "size")
@@ -100,6 +113,12 @@ TEMPLATE_KEYS: Final = ("image", "format", "directory", "ephemeral", "count_max"
 CONTROL_MODE_DEFAULT: Final = 0o600
 
 BACKENDS: Final = ("auto", "io_uring", "threads")
+
+#: QEMU's option of this name: whether clients may give storage back, by trimming or along with zeroing.
+DISCARDS: Final = ("unmap", "ignore")
+
+#: The keys of the layer ``detect-zeroes``.
+DETECT_ZEROES: Final = ("off", "on", "unmap")
 
 #: Where a server listens that is not told: this machine alone can reach it.
 LISTEN_DEFAULT: Final = f"nbd://127.0.0.1:{uri.PORT_DEFAULT}"
@@ -145,8 +164,9 @@ class ExportConfig:
     """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack; or, with a
     ``template``, those that the pattern ``name`` stands for.
 
-    ``read_only`` None: not said. ``default``: also served under the empty name. ``where``: for messages. ``nodes``:
-    what ``layers`` may name.
+    ``read_only`` None: not said. ``default``: also served under the empty name. ``discard``: one of DISCARDS. Of an
+    image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes`` (None: as those of the layers of
+    these names are). ``where``: for messages. ``nodes``: what ``layers`` may name.
     """
 
     name: str
@@ -158,6 +178,10 @@ class ExportConfig:
     default: bool = False
     tls_required: bool = False
     template: TemplateConfig | None = None
+    cache: str | None = None
+    aio: str | None = None
+    detect_zeroes: str | None = None
+    discard: str = "unmap"
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -183,7 +207,18 @@ class ExportConfig:
             if format == "raw":
                 self._check_probed_raw()
                 read_only = True
-        return registry.image(self.image, format), read_only
+        mode = FileMode(self.cache or FILE_MODE.cache, self.aio or FILE_MODE.aio)
+        layer = registry.image(self.image, format, mode)
+        if self.detect_zeroes not in (None, "off"):
+            layer = registry.build("detect-zeroes", {"file": layer, "detect_zeroes": self.detect_zeroes})
+        return layer, read_only
+
+    def check(self, backend: str) -> None:
+        """Hold to one another how it is used and what the engine does. Raises ConfigError."""
+        if self.detect_zeroes == "unmap" and self.discard == "ignore":
+            _refuse(self.where, "detect_zeroes", 'found "unmap", which goes with discard = "unmap" only')
+        if self.aio == "io_uring" and backend == "threads":
+            _refuse(self.where, "aio", 'found "io_uring", but the engine\'s backend is "threads"')
 
     def _check_probed_raw(self) -> None:
         if self.read_only is False:
@@ -237,13 +272,16 @@ def load(path: str) -> Config:
     for export in exports:
         if export.tls_required and tls.mode is TlsMode.OFF:
             _refuse(export.where, "tls", 'found "required", but the server does not use TLS: see [tls]')
+    engine = _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory)
+    for export in exports:
+        export.check(engine.backend)
     if nodes:
         exports.sort(key=lambda export: bool(export.read_only))
     return Config(
         tuple(exports),
         tuple(_listen(address, directory, path) for address in listen),
         tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
-        _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory),
+        engine,
         tls,
         _control(top, directory),
         _mode(top),
@@ -266,8 +304,9 @@ def _mode(top: _Table) -> int:
     return CONTROL_MODE_DEFAULT if mode is None else mode
 
 
-def of_images(paths: Sequence[str], *, format: str | None = None, read_only: bool | None = None) -> Config:
-    """Each image under its file name; a single one is the default export too. Raises ConfigError."""
+def of_images(paths: Sequence[str], *, format: str | None = None, read_only: bool | None = None, **how: Any) -> Config:
+    """Each image under its file name; a single one is the default export too. ``how``: what else `ExportConfig` has of
+    an image. Raises ConfigError."""
     exports: dict[str, ExportConfig] = {}
     for path in paths:
         name = os.path.basename(path)
@@ -278,7 +317,7 @@ def of_images(paths: Sequence[str], *, format: str | None = None, read_only: boo
                 f"{exports[name].image} and {path} are both called {name}: export them under different names, "
                 "in a configuration file"
             )
-        exports[name] = ExportConfig(name, path, format, read_only=read_only, default=len(paths) == 1)
+        exports[name] = ExportConfig(name, path, format, read_only=read_only, default=len(paths) == 1, **how)
         _check_string(name, Where(path), "the file's name")
     _check_count(len(exports), EXPORTS_COUNT_MAX, NOWHERE, "images")
     return Config(tuple(exports.values()))
@@ -293,6 +332,7 @@ def one_export(
     _check_string(name, where, "the export's name")
     nodes = {node: NodeConfig(()) for node in built or {}}
     wanted = _export(name, _Table(values, where, EXPORT_KEYS), directory, nodes)
+    wanted.check("auto")
     return wanted, *wanted.build(dict(built or {}))
 
 
@@ -394,8 +434,10 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
     if (image is None) == (layers is None):
         found = "has neither image nor layers" if image is None else "has both image and layers"
         table.refuse(None, f"{found}; an export needs one of them")
-    if format is not None and image is None:
-        table.refuse("format", 'goes with image; in layers it is the layer\'s type, as in {type = "qcow2"}')
+    if image is None:
+        for key, instead in IMAGE_KEYS.items():
+            if table.get(key) is not None:
+                table.refuse(key, f"goes with image; in layers it is {instead}")
     description = table.text("description") or ""
     _check_string(description, table.where, "its description")
     return ExportConfig(
@@ -407,6 +449,10 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         description,
         bool(table.flag("default")) and name != "",
         table.choice("tls", EXPORT_TLS, "default") == "required",
+        cache=table.one_of("cache", CACHES),
+        aio=table.one_of("aio", AIOS),
+        detect_zeroes=table.one_of("detect_zeroes", DETECT_ZEROES),
+        discard=table.choice("discard", DISCARDS, "unmap"),
         where=table.where,
         nodes=nodes,
     )
@@ -418,7 +464,7 @@ def _pattern(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeC
         table.refuse(
             "template", "goes with a name that has a * in it, and besides only letters, digits, and not first . _ -"
         )
-    for key in ("image", "format", "layers", "read_only", "default"):
+    for key in ("layers", "read_only", "default", "discard", "image", *IMAGE_KEYS):
         if table.get(key) is not None:
             table.refuse(key, "is not for a pattern; what its exports are is said in template")
     description = table.text("description") or ""
@@ -722,6 +768,10 @@ class _Table:
         wanted = " or ".join(f'"{choice}"' for choice in choices)
         value = self._take(key, lambda value: value in choices, wanted)
         return default if value is None else str(value)
+
+    def one_of(self, key: str, choices: Sequence[str]) -> str | None:
+        """One of these strings; None if the key is not there."""
+        return None if self.get(key) is None else self.choice(key, choices, "")
 
     def number(self, key: str, low: int, high: int) -> int | None:
         """An integer from ``low`` to ``high``."""

@@ -45,9 +45,14 @@ ZERO: Final = Special.ZERO
 CODE: Final = Special.CODE
 
 
+#: How a file is cached: through the page cache, and durable when answered or only when flushed; past it (O_DIRECT); or
+#: never made durable. And what carries out I/O that would block. QEMU's names.
+CACHES: Final = ("writeback", "writethrough", "none", "unsafe")
+AIOS: Final = ("io_uring", "threads")
+
+
 class FileMode(NamedTuple):
-    """How a file is used: ``cache`` is "writeback", "writethrough", "none" (O_DIRECT) or "unsafe" (never synced);
-    ``aio`` is "io_uring" or "threads". As QEMU's options of these names. ``max_transfer``: see `BlockLimits`."""
+    """How a file is used: ``cache`` is one of CACHES, ``aio`` one of AIOS, and ``max_transfer`` is `BlockLimits`'."""
 
     cache: str = "writeback"
     aio: str = "io_uring"

@@ -168,11 +168,13 @@ class Export:
         *,
         effects: Effects,
         graph: Graph,
+        discard: bool = True,
     ) -> None:
-        """``use`` is what this is in ``graph``: a user of its root."""
+        """``use`` is what this is in ``graph``: a user of its root. ``discard``: whether clients may give storage back,
+        by trimming or along with zeroing."""
         self.name, self.use, self.info, self.engine_export = name, use, info, engine_export
         self.root = use.layer
-        self._effects, self._graph = effects, graph
+        self._effects, self._graph, self._discard = effects, graph, discard
         self._unsubscribe = graph.subscribe(self.root, engine_export.changed)
         #: Is called when it is over and its layers are closed.
         self.after_end: Callable[[], None] = lambda: None
@@ -266,11 +268,12 @@ class Export:
                     execute(self.root, Request.read(offset, _vector(fault, offset, length)))
                     wanted = fault.done(length)
                 case "zero":
-                    execute(self.root, Request.zero(offset, length, _zero_flags(fault.flags)))
+                    execute(self.root, Request.zero(offset, length, self._zero_flags(fault.flags)))
                     wanted = fault.done(length)
                 case "trim":
-                    fua = Flag.FUA if fault.flags & FUA else Flag.NONE
-                    execute(self.root, Request.trim(offset, length, fua))
+                    if self._discard:
+                        fua = Flag.FUA if fault.flags & FUA else Flag.NONE
+                        execute(self.root, Request.trim(offset, length, fua))
                     wanted = fault.done(length)
                 case "flush":
                     finish(self.root.flush())
@@ -279,6 +282,14 @@ class Export:
                     one = bool(fault.flags & REQ_ONE)
                     fault.status([(id, self.status(name, offset, length, one)) for id, name in fault.contexts])
                     wanted = False
+
+    def _zero_flags(self, wire: int) -> Flag:
+        flags = Flag.MAY_UNMAP if self._discard and not wire & NO_HOLE else Flag.NONE
+        if wire & FAST_ZERO:
+            flags |= Flag.NO_FALLBACK
+        if wire & FUA:
+            flags |= Flag.FUA
+        return flags
 
     def _extents(self, offset: int, length: int) -> list[EngineLeaf]:
         """Where the range can be read, and as much beyond it as the layers offer without being asked again."""
@@ -374,15 +385,6 @@ def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:
     return Vector(Segment(slot, start, count) for slot, start, count in fault.segments(offset, length))
 
 
-def _zero_flags(wire: int) -> Flag:
-    flags = Flag.NONE if wire & NO_HOLE else Flag.MAY_UNMAP
-    if wire & FAST_ZERO:
-        flags |= Flag.NO_FALLBACK
-    if wire & FUA:
-        flags |= Flag.FUA
-    return flags
-
-
 class Server:
     """An NBD server: exports served on listening addresses.
 
@@ -466,17 +468,25 @@ class Server:
         description: str = "",
         default: bool = False,
         tls_required: bool = False,
+        discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
     ) -> Export:
         """Open ``layer`` and everything below it, and export it as ``name`` (and under "", if ``default``).
-        ``tls_required``: to clients with TLS alone. ``roots``: where images may name files, if not in the server's.
+        ``tls_required``: to clients with TLS alone. ``discard``: see `Export`. ``roots``: where images may name files,
+        if not in the server's.
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
         with self.changing():
             self._offers.check_free(name, default)
             export = self.open(
-                name, layer, read_only=read_only, description=description, tls_required=tls_required, roots=roots
+                name,
+                layer,
+                read_only=read_only,
+                description=description,
+                tls_required=tls_required,
+                discard=discard,
+                roots=roots,
             )
             try:
                 self.change(add=[export], default=name if default else KEEP)
@@ -493,6 +503,7 @@ class Server:
         read_only: bool = False,
         description: str = "",
         tls_required: bool = False,
+        discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
     ) -> Export:
         """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
@@ -512,7 +523,9 @@ class Server:
                     preferred_block=preferred_block(layer),
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
-                export = Export(name, use, info, engine_export, effects=self._effects, graph=self._graph)
+                export = Export(
+                    name, use, info, engine_export, effects=self._effects, graph=self._graph, discard=discard
+                )
             except BaseException:
                 self._graph.close(layer, use)
                 raise

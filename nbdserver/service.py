@@ -31,7 +31,7 @@ from nbdserver.config import Config, Disks, ExportConfig, layer_over, one_export
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.explain import trial
 from nbdserver.files import BusyError
-from nbdserver.graph import Child, ExcludedError, walk
+from nbdserver.graph import Child, ExcludedError, bare, walk
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
@@ -175,7 +175,12 @@ class Service:
             ending.callback(self.server.stop)
 
     def _options(self, wanted: ExportConfig, read_only: bool) -> dict[str, Any]:
-        return {"read_only": read_only, "description": wanted.description, "tls_required": wanted.tls_required}
+        return {
+            "read_only": read_only,
+            "description": wanted.description,
+            "tls_required": wanted.tls_required,
+            "discard": wanted.discard == "unmap",
+        }
 
     def _say_probed(self, wanted: ExportConfig, read_only: bool) -> None:
         if read_only and wanted.read_only is None:
@@ -557,12 +562,19 @@ def _at_table(export: ExportConfig) -> Iterator[None]:
         raise ConfigError(str(error), file=export.where.file, table=export.where.table) from error
 
 
+def _disk(layer: Layer) -> Layer:
+    """The layer below the filters at the top."""
+    while layer.is_filter:
+        layer = bare(dict(layer.children())["file"])
+    return layer
+
+
 def row_of(wanted: ExportConfig, layer: Layer, read_only: bool) -> dict[str, Any]:
     """An export that is open as ``layer``, as JSON has it."""
     return {
         "name": wanted.name,
         "size": layer.size,
-        "format": layer.type,
+        "format": _disk(layer).type,
         "read_only": read_only or layer.read_only,
         "description": wanted.description,
         "default": wanted.default,

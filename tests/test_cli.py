@@ -186,6 +186,19 @@ def test_options_go_before_the_configuration() -> None:
 
 
 @pytest.mark.usefixtures("notes")
+def test_how_images_are_used() -> None:
+    """The options have the names and values of qemu-nbd's."""
+    options = "--cache none --aio threads --discard ignore --detect-zeroes on"
+    assert run("serve", "disk.img", "-f", "raw", *options.split()).exit_code == 0
+    (export,) = Notes.made.exports.values()
+    assert not export["discard"]
+    layer = export["layer"]
+    assert (layer.type, layer.detect_zeroes) == ("detect-zeroes", "on")
+    file = layer.file.layer.file.layer
+    assert (file.type, file.cache, file.aio) == ("file", "none", "threads")
+
+
+@pytest.mark.usefixtures("notes")
 def test_serve_json() -> None:
     [line] = run("serve", "-f", "raw", "disk.img", "--json").stdout.splitlines()
     assert json.loads(line) == {
@@ -335,6 +348,12 @@ def test_images_of_one_name() -> None:
         (("a.toml", "b.toml"), "name one configuration, or images: not several, not both"),
         (("a.toml", "disk.img"), "name one configuration, or images: not several, not both"),
         (("a.toml", "--format", "raw"), "--format is for images; a configuration says each export's format itself"),
+        (("a.toml", "--cache", "none"), "--cache is for images; a configuration says each export's cache itself"),
+        (("a.toml", "--detect-zeroes", "on"), "--detect-zeroes is for images; a configuration says each export's"),
+        (("disk.img", "--cache", "directsync"), "'directsync' is not one of 'writeback', 'writethrough', 'none', 'uns"),
+        (("disk.img", "--aio", "native"), "'native' is not one of 'io_uring', 'threads'"),
+        (("disk.img", "--aio", "io_uring", "--backend", "threads"), '--aio: found "io_uring", but the engine'),
+        (("disk.img", "--detect-zeroes", "unmap", "--discard", "ignore"), "--detect-zeroes: found"),
         (("disk.img", "-v", "-q"), "--verbose and --quiet contradict each other"),
         (("disk.img", "--listen", "nbds://h"), "'nbds://h' asks for TLS, which is begun on any address"),
         (("disk.img", "--listen", "nbd://h/x"), "'nbd://h/x' names the export 'x'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layers.detect_zeroes import DetectZeroes
+from layers.file import File
 from nbdserver import config
-from nbdserver.config import Config, EngineConfig, ExportConfig
+from nbdserver.config import DETECT_ZEROES, Config, EngineConfig, ExportConfig
 from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import AIOS, CACHES
 from nbdserver.layer import Layer
 from nbdserver.limits import GIB, MIB
 
@@ -254,7 +258,10 @@ def test_enormous_integer(load: Load) -> None:
     assert message(load, "x = " + "9" * 5000).startswith("is not TOML: ")
 
 
-ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, default, tls, template"
+ALLOWED_EXPORT = (
+    "Allowed are: image, format, layers, read_only, description, default, tls, template, "
+    "cache, aio, discard, detect_zeroes"
+)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +410,30 @@ ALLOWED_EXPORT = "Allowed are: image, format, layers, read_only, description, de
         (
             f"[exports.x]\nlayers = {[{}] * 257}".replace("{}", FILE_LAYER),
             "[exports.x.layers]: has 257 layers, allowed are 256",
+        ),
+        (
+            '[exports.x]\nimage = "x"\ncache = "directsync"',
+            '[exports.x]: cache: found "directsync", allowed is "writeback" or "writethrough" or "none" or "unsafe"',
+        ),
+        (
+            f'[exports.x]\ncache = "none"\nlayers = [{FILE_LAYER}]',
+            "[exports.x]: cache: goes with image; in layers it is a key of the layer file",
+        ),
+        (
+            f'[exports.x]\ndetect_zeroes = "on"\nlayers = [{FILE_LAYER}]',
+            '[exports.x]: detect_zeroes: goes with image; in layers it is a layer, {type = "detect-zeroes"}',
+        ),
+        (
+            '[exports.x]\nimage = "x"\ndiscard = "ignore"\ndetect_zeroes = "unmap"',
+            '[exports.x]: detect_zeroes: found "unmap", which goes with discard = "unmap" only',
+        ),
+        (
+            '[exports.x]\nimage = "x"\naio = "io_uring"\n[engine]\nbackend = "threads"',
+            '[exports.x]: aio: found "io_uring", but the engine\'s backend is "threads"',
+        ),
+        (
+            '[exports."x*"]\ntemplate = {image = "x", directory = "d"}\ncache = "none"',
+            '[exports."x*"]: cache: is not for a pattern; what its exports are is said in template',
         ),
     ],
 )
@@ -553,3 +584,34 @@ def test_images_refused(paths: list[str], cause: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.of_images(paths)
     assert str(caught.value) == cause
+
+
+# -- how an image is used ------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_used_as_its_keys_say(load: Load, raw_image: str) -> None:
+    text = f'image = "{raw_image}"\nformat = "raw"\ncache = "none"\naio = "threads"\ndetect_zeroes = "unmap"'
+    (export,) = load(f"[exports.x]\n{text}").exports
+    layer, _ = export.build()
+    assert sketch(layer) == "detect-zeroes(file=raw(file=file))"
+    assert isinstance(layer, DetectZeroes) and layer.detect_zeroes == "unmap"
+    file = layer.file.file  # type: ignore[attr-defined]
+    assert (file.cache, file.aio) == ("none", "threads")
+    assert export.discard == "unmap"
+
+
+def test_what_is_not_said_is_as_the_layers_have_it(load: Load, raw_image: str) -> None:
+    text = f'image = "{raw_image}"\nformat = "raw"\ndetect_zeroes = "off"\ndiscard = "ignore"'
+    (export,) = load(f"[exports.x]\n{text}").exports
+    layer, _ = export.build()
+    assert sketch(layer) == "raw(file=file)"
+    file = layer.file  # type: ignore[attr-defined]
+    assert (file.cache, file.aio) == (File("").cache, File("").aio)
+    assert export.discard == "ignore"
+
+
+def test_the_words_are_those_of_the_layers() -> None:
+    file, zeroes = typing.get_type_hints(File), typing.get_type_hints(DetectZeroes)
+    assert typing.get_args(file["cache"]) == CACHES
+    assert typing.get_args(file["aio"]) == AIOS
+    assert typing.get_args(zeroes["detect_zeroes"]) == DETECT_ZEROES

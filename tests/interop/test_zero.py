@@ -18,6 +18,7 @@ from layers.quorum import Quorum
 from nbdserver.errors import RequestError
 from nbdserver.layer import Layer
 from nbdserver.request import Flag, Operation, Request
+from nbdserver.server import Server
 from nbdserver.testing import NbdServers
 from tests.layers.flag_kit import Invert
 from tests.registered import Seen, Spy
@@ -99,6 +100,24 @@ def test_a_hole_is_made_only_if_it_may_be(
     handle.flush()
     assert disk.read_bytes() == bytes(MIB)
     assert (disk.stat().st_blocks == 0) == is_sparse
+
+
+def test_discards_that_are_ignored(nbd_server: NbdServers, tmp_path: Path, backend: str) -> None:
+    """As in QEMU with discard=ignore: nothing is given back, and zeroes are written where they are."""
+    spy = Spy(File(str(tmp_path / "disk.raw")))
+    (tmp_path / "disk.raw").write_bytes(b"d" * MIB)
+    with Server(listen=[f"nbd+unix:///?socket={tmp_path / 'socket'}"], backend=backend) as server:
+        server.export("disk", spy, default=True, discard=False)
+        handle = nbd.NBD()
+        handle.connect_unix(str(tmp_path / "socket"))
+        assert handle.can_trim()
+        handle.trim(MIB, 0)
+        assert bytes(handle.pread(MIB, 0)) == b"d" * MIB
+        handle.zero(MIB // 2, 0)
+        handle.shutdown()
+    assert [seen for seen in spy.take() if seen.operation is not Operation.READ] == [
+        Seen(Operation.ZERO, 0, MIB // 2, Flag.NONE)
+    ]
 
 
 # -- the fallback ---------------------------------------------------------------------------------------------------
