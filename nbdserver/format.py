@@ -198,6 +198,16 @@ class HasDirtyFlag(Protocol):
 
 
 @runtime_checkable
+class GrowsPreallocated(Protocol):
+    """A format that can have room for what a disk grows by from the beginning."""
+
+    def grow(self, size: int, preallocation: str = "off", progress: Progress = no_progress) -> None:
+        """`Layer.resize`; ``preallocation`` of what the disk grows by: "metadata" (it is allocated), "falloc" (and its
+        storage is reserved) or "full" (and zeroes are written there). ENOSPC, with nothing changed, if there is no
+        room. Called in a drained section of whoever uses the disk."""
+
+
+@runtime_checkable
 class HasSnapshots(Protocol):
     """A format with internal snapshots. An id or name finds one by id first, as in QEMU. All but the list raise
     RequestError: ENOENT, EEXIST, ENOTSUP; and are called in a drained section of whoever uses the disk."""

@@ -28,6 +28,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `marks`          dirty and corrupt            `info`        what there is to say of an image
 `bitmaps`        dirty bitmaps, kept true     `bitmap_store` into the file, safe at every instant
 `bitmap_directory` as the file has them
+`resize`         another size, with what lay behind the end never shown
 `create`         new images                   `compose`     the first cluster, put together
 `extensions`     header extensions, changed   `measure`     how large an image would be
 `check`          what is wrong with an image  `repair`      and mending it

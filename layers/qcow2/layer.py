@@ -42,6 +42,7 @@ from layers.qcow2.points import Image
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
 from layers.qcow2.repair import check, clean_up
+from layers.qcow2.resize import resize
 from layers.qcow2.snapshot_table import Entry, find, read_table
 from layers.qcow2.snapshots import Snapshots, shown
 from layers.qcow2.storage import CorruptImage, Storage
@@ -97,6 +98,7 @@ class Qcow2(Layer):
         self._clusters = RangeLock()
         self._reader: Reader | None = None
         self._writer: Writer | None = None
+        self._image: Image | None = None
         self._snapshots: Snapshots | None = None
         #: If a snapshot is shown of an image that is being written: that image's, and what they keep for us.
         self._live: Snapshots | None = None
@@ -245,6 +247,7 @@ class Qcow2(Layer):
             order=order,
             changed=self.changed,
         )
+        self._image = image
         self._snapshots = Snapshots(image, snapshots, discard=self.pass_discard_snapshot)
         self.bitmap_list.start(
             BitmapStore(
@@ -511,6 +514,19 @@ class Qcow2(Layer):
 
     def make_empty(self) -> None:
         self.writer.make_empty()
+
+    # -- size -------------------------------------------------------------------------------------------------------
+
+    def resize(self, size: int) -> None:
+        """Make the disk larger or smaller. After an error, `size` says which it is."""
+        self.grow(size)
+
+    def grow(self, size: int, preallocation: str = "off", progress: Progress = no_progress) -> None:
+        """`format.GrowsPreallocated`."""
+        if self._image is None:
+            raise RequestError(errno.EROFS, f"{self.filename}: is open read-only")
+        with self.bitmap_list.resizing(size):
+            resize(self._image, size, preallocation=preallocation, progress=progress)
 
     # -- snapshots --------------------------------------------------------------------------------------------------
 

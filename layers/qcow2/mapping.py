@@ -243,6 +243,20 @@ class WritableMapping(Mapping):
         """Have an L2 table of a snapshot, in which nothing but flags has changed, written with the next cut."""
         self._others[table.place] = table
 
+    def cut_l1(self, count: int) -> array[int]:
+        """Clear the L1 entries from ``count`` on. The whole table with only these: what they lead to stays counted."""
+        entries = self._l1.entries
+        gone = array("Q", bytes(8 * count)) + entries[count:]
+        for index in range(count, len(entries)):
+            if entries[index]:
+                entries[index] = 0
+                self._l1.mark(index)
+        return gone
+
+    def resize(self, clusters: int) -> None:
+        """Be of a disk of so many clusters."""
+        self._clusters = clusters
+
     def move_l1(self, entries: array[int], place: int, clusters: int) -> None:
         """Have another L1 table, which has been written to ``place``, for a disk of so many clusters.
 

@@ -59,12 +59,16 @@ apply     refcounts of all that the snapshot's  the header names a copy of the  
 delete                                          the header names a snapshot table      what only the snapshot's L1 table
                                                 with one entry less                    leads to goes; then COPIED is set
                                                                                        where a refcount is 1 again
+grow      a longer L1 table takes the place of  the header says the size
+          the old one, by a switch of its own;
+          behind the end all is made zeroes
+shrink                                          the header says the size               what lies behind the end goes
 ========= ===================================== ====================================== =================================
 
 - A crash before the switch leaves refcounts that are too high, which are leaks, and COPIED flags that do not agree with
   them. Either is harmless: no two entries lead to a place that is COPIED. ``qemu-img check -r leaks`` mends both.
 - When the switch is made COPIED has been cleared durably, so that nothing that the snapshot has is written in place.
-- What goes is retired in cuts after the switch, and so released when that is durable.
+- What goes is retired in the cut that has the switch, or a later one, and so released when that is durable.
 
 A step that fails leaves everything of its cut marked as changed; the next flush does all again. That is sound for the
 same reasons: what may be in the file already is of a cut whose refcounts were durable, and nothing of it has been
@@ -280,7 +284,7 @@ class Order:
         self._write(cut.prepares)
         if self._data_file is not None:
             self._sync(self._data_file.storage)
-        if cut.prepares or self._data_file is None:
+        if cut.prepares or cut.switches or self._data_file is None:
             self._sync(self._storage)
         cut.prepared()
         for step in (cut.publishes, cut.links, cut.switches):

@@ -166,16 +166,15 @@ class Image:
             raise
 
     def let_go(self, l1: Sequence[int], what: str, *, discard: bool = False) -> None:
-        """Count everything that an L1 table, which nothing in the file names any more, leads to once less.
-
-        ``discard``: give the storage back of what becomes free.
-        """
+        """Count everything that an L1 table, which nothing names any more, leads to once less, as soon as that is so in
+        the file: it is flushed. ``discard``: give the storage back of what becomes free."""
         size = self.geometry.cluster_size
         for _, runs in self._batches(l1, what):
             with self.lock:
                 for start, stop in sorted(runs):
                     self.refcounts.retire(start * size, (stop - start) * size, discard=discard)
             self.order.flush()
+        self.order.flush()
 
     def lend(self) -> None:
         """Clear COPIED in all active tables."""
@@ -211,7 +210,9 @@ class Image:
             yield len(l1), runs
 
     def _data(self, entries: array[int], name: str, named_at: int) -> _Runs:
-        """The references of one L2 table. Raises ImageError."""
+        """The references of one L2 table to clusters that are counted. Raises ImageError."""
+        if self.geometry.has_data_file:
+            return []
         try:
             runs = list(references.clusters(self.geometry, entries))
         except BadEntry as bad:

@@ -26,7 +26,7 @@ class CorruptImage(ImageError):
 
 
 class Storage:
-    """``file`` with its size, which only grows, and only here."""
+    """``file`` with its size, which changes only here."""
 
     def __init__(self, file: Layer, cluster_size: int) -> None:
         self.file, self.cluster_size = file, cluster_size
@@ -77,6 +77,13 @@ class Storage:
                     raise OSError(number, os.strerror(number), self.file.filename) from error
                 self.size = offset + length
             return offset >= was
+
+    def truncate(self, size: int) -> None:
+        """Make the file end at ``size`` if it is longer, and can: nothing behind that is in use."""
+        with self._growing, contextlib.suppress(OSError, RequestError):
+            if size < self.size:
+                self.file.resize(size)
+                self.size = size
 
     def reserve_zeroed(self, offset: int, length: int) -> None:
         """`reserve`, and write zeroes: a full file system says so now, not when the metadata is written back."""

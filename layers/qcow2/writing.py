@@ -30,6 +30,7 @@ from layers.qcow2.mapping import WritableMapping
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
 from layers.qcow2.refcounts import Refcounts
+from layers.qcow2.storage import Storage
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.layer import finish
 from nbdserver.ranges import RangeLock
@@ -46,6 +47,10 @@ class Piece(NamedTuple):
     in_place: bool = False
     #: The host clusters have been taken for this.
     taken: bool = False
+
+
+#: Takes up storage for new clusters: (where guest data is, the place, how many bytes, whether they are zeroes already).
+Fill = Callable[[Storage, int, int, bool], None]
 
 
 class Discard(NamedTuple):
@@ -80,7 +85,9 @@ class Writer:
         self._reader, self._mapping, self.refcounts, self._host = reader, mapping, refcounts, host
         self._data, self._geometry = host.storage, reader.geometry
         self._lock, self._clusters = lock, clusters
-        self._discard, self._is_raw, self._changed, self._allocate = discard, is_raw, changed, allocate
+        self._discard, self._changed, self._allocate = discard, changed, allocate
+        #: Whether guest data is in an external data file that is a raw image of the disk.
+        self.is_raw = is_raw
         self._data_file = host if isinstance(host, DataFile) else None
         self._order = order
         #: Whether nothing may be overwritten in place, whatever the image says: a snapshot is being made.
@@ -116,7 +123,7 @@ class Writer:
 
         At the end of the disk, the last one is whole as far as it goes.
         """
-        if self._is_raw:
+        if self.is_raw:
             return end, end
         if not self._geometry.has_zero and start < self._reader.below_size:
             return end, end  # all that version 2 could do is show the backing file again
@@ -273,10 +280,7 @@ class Writer:
             part = _part(request, start, end)
             self._relieve()
             with self._held(part):
-                first, stop = self.whole(start, end)
-                self._zero_data(_part(part, start, first))
-                self._zero_data(_part(part, stop, end))
-                self._zero_whole(_part(part, first, stop), unmap=bool(part.flags & Flag.MAY_UNMAP))
+                self._zero(part)
 
     def trim(self, request: Request) -> None:
         """Free the whole clusters of a range; they read as zeroes then. Of the rest, the file's storage is given back
@@ -289,6 +293,19 @@ class Writer:
                 self._trim_in_place(start, first)
                 self._trim_in_place(stop, end)
                 self._zero_whole(_part(part, first, stop), unmap=True)
+
+    def clear(self, start: int, end: int) -> None:
+        """Make bytes of the disk read as zeroes, and free what they have. Their clusters are held."""
+        for first, last in self._by_table(start, end):
+            self._relieve()
+            self._zero(Request.zero(first, last - first, Flag.MAY_UNMAP))
+
+    def _zero(self, part: Request) -> None:
+        """Zero a range within one L2 table, whose clusters are held."""
+        first, stop = self.whole(part.offset, part.end)
+        self._zero_data(_part(part, part.offset, first))
+        self._zero_data(_part(part, stop, part.end))
+        self._zero_whole(_part(part, first, stop), unmap=bool(part.flags & Flag.MAY_UNMAP))
 
     def _zero_whole(self, part: Request, *, unmap: bool) -> None:
         """Have L2 entries say that whole subclusters are zero, as far as they can."""
@@ -328,7 +345,7 @@ class Writer:
     def _zero_data(self, part: Request) -> None:
         """Zero bytes, in place or by writing zeroes."""
         flags = part.flags & (Flag.MAY_UNMAP | Flag.NO_FALLBACK)
-        if self._is_raw and part.length:  # what is allocated is there; all else shows zeroes already
+        if self.is_raw and part.length:  # what is allocated is there; all else shows zeroes already
             finish(self._data.file.zero(Request.zero(part.offset, part.length, flags)))
             return
         for run, start, end in self._reader.spans(part.offset, part.length):
@@ -339,9 +356,12 @@ class Writer:
             elif flags & Flag.NO_FALLBACK:
                 raise RequestError(errno.ENOTSUP, "zeroes would have to be written here")
             else:
-                self._write_zeroes(start, end)
+                self.write_zeroes(start, end)
 
-    def _write_zeroes(self, start: int, end: int) -> None:
+    def write_zeroes(self, start: int, end: int) -> None:
+        """Make bytes of the disk zeroes that are stored. Their clusters are held."""
+        if start == end:
+            return
         step = max(ZEROES_INLINE_MAX, self._geometry.cluster_size)
         zeroes = self._allocate(min(step, end - start))
         zeroes.zero()
@@ -360,17 +380,50 @@ class Writer:
     def make_empty(self) -> None:
         """Have the active state hold nothing. Each L2 entry is right by itself, whether its sector got out or not: it
         names what it did, or nothing."""
-        if self._is_raw:
+        if self.is_raw:
             raise RequestError(errno.ENOTSUP, "an external data file that is a raw image cannot be emptied")
         for start, end in self._by_table(0, self._geometry.clusters(self._reader.size) * self._geometry.cluster_size):
             self._relieve()
             with self._clusters.exclusive(start, end - start):
-                for first, stop, runs in self._groups(start, end):
-                    if any(run.kind is not Kind.UNALLOCATED or run.place is not None for run in runs):
-                        self._order.check()
-                        with self._lock:
-                            self._mapping.unlink(first, stop, discard=self._discard.request)
-                            self._announce(first, stop)
+                self.empty(start, end, discard=self._discard.request)
+
+    def empty(self, start: int, end: int, *, discard: bool) -> None:
+        """Have whole clusters within one L2 table, which are held, hold nothing. ``discard``: give storage back."""
+        for first, stop, runs in self._groups(start, end):
+            if any(run.kind is not Kind.UNALLOCATED or run.place is not None for run in runs):
+                self._order.check()
+                with self._lock:
+                    self._mapping.unlink(first, stop, discard=discard)
+                    self._announce(first, stop)
+
+    # -- preallocation ----------------------------------------------------------------------------------------------
+
+    def preallocate(self, start: int, end: int, fill: Fill, progress: Callable[[int], None]) -> None:
+        """Have host clusters for whole clusters, which are held and have nothing stored, so that they read as what
+        ``fill`` puts there. ``progress`` is told how far it is."""
+        for first, last in self._by_table(start, end):
+            self._relieve()
+            while first < last:
+                first = self._preallocate(first, last, fill)
+            progress(last)
+
+    def _preallocate(self, start: int, end: int, fill: Fill) -> int:
+        """Do so for clusters from ``start`` on; where those end."""
+        size = self._geometry.cluster_size
+        with self._lock:
+            self._order.check()
+            self._mapping.own(start // self._geometry.table_span)
+            place, count = self._host.take(start, self._geometry.clusters(end - start))
+        stop = min(start + count * size, self._end)
+        try:
+            fill(self._data, place, stop - start, self._host.reserve(place, stop - start))
+            with self._lock:
+                self._mapping.link(start, stop, place, discard=False)
+        except BaseException:
+            with self._lock:
+                self._host.give_back(place, count)
+            raise
+        return stop
 
     # -- common to all ----------------------------------------------------------------------------------------------
 
@@ -395,7 +448,9 @@ class Writer:
 
     def _announce(self, start: int, end: int) -> None:
         """Say that the bytes [start, end) of the disk map to something else now. Under the metadata lock."""
-        self._changed(start, min(end, self._reader.size) - start)
+        end = min(end, self._reader.size)
+        if start < end:
+            self._changed(start, end - start)
 
     def _is_in_place(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` are in the file, and not where metadata is."""

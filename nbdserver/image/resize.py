@@ -7,7 +7,7 @@ import re
 import click
 
 from nbdserver.errors import ConfigError, ImageError, RequestError
-from nbdserver.format import HasClusters, Progress, no_progress, preallocate
+from nbdserver.format import GrowsPreallocated, HasClusters, Progress, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.image import wording
 from nbdserver.image.growing import grow
@@ -90,7 +90,7 @@ def _check(layer: Layer, path: str, size: int, *, shrink: bool, preallocation: s
         raise ImageError("the new size must be positive", path=path)
     if size <= layer.size and preallocation != "off":
         raise ConfigError("only what a disk grows by can be preallocated", file=path, key="preallocation")
-    if preallocation == "metadata":
+    if preallocation == "metadata" and not isinstance(layer, GrowsPreallocated):
         raise ConfigError("tables cannot be made for what a disk grows by: try falloc", file=path, key="preallocation")
     if size < layer.size and not shrink:
         raise ImageError(
@@ -102,6 +102,9 @@ def _check(layer: Layer, path: str, size: int, *, shrink: bool, preallocation: s
 def resize(layer: Layer, size: int, preallocation: str = "off", progress: Progress = no_progress) -> None:
     """Resize an open image, durably. Raises RequestError, OSError, ImageError."""
     before = layer.size
+    if isinstance(layer, GrowsPreallocated):
+        layer.grow(size, preallocation, progress)
+        return
     if size < before:
         layer.resize(size)
     else:

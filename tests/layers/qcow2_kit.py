@@ -189,7 +189,9 @@ class History:
         self._flushes: list[tuple[int, int]] = [(0, 0)]
 
     def changed(self, offset: int, data: bytes, began: int, ended: int) -> None:
-        """``data`` has been written to whole sectors."""
+        """``data`` has been written to whole sectors, which the disk may just have grown by."""
+        while len(self._values) * SECTOR < offset + len(data):
+            self._values.append([])
         for index in range(len(data) // SECTOR):
             value = data[index * SECTOR : (index + 1) * SECTOR]
             self._values[offset // SECTOR + index].append((began, ended, value))
@@ -198,10 +200,10 @@ class History:
         self._flushes.append((began, ended))
 
     def wrong(self, position: int, disk: bytes) -> list[str]:
-        """The sectors of ``disk`` that a crash at ``position`` cannot have left like that."""
+        """The sectors of ``disk``, which may have shrunk, that a crash at ``position`` cannot have left like that."""
         flushed = max(began for began, ended in self._flushes if ended <= position)
         wrong = []
-        for sector, values in enumerate(self._values):
+        for sector, values in enumerate(self._values[: len(disk) // SECTOR]):
             found = disk[sector * SECTOR : (sector + 1) * SECTOR]
             allowed = []
             for began, ended, value in reversed(values):
@@ -296,3 +298,15 @@ class Thread(threading.Thread):
     def waits(self) -> bool:
         self.join(0.1)
         return self.is_alive()
+
+
+class Fails:
+    """Has the operation with this number, of those that change a file, fail."""
+
+    def __init__(self, number: int, error: int) -> None:
+        self.left, self._error = number, error
+
+    def __call__(self, operation: Operation) -> None:
+        self.left -= operation.name in ("write", "sync", "resize")
+        if self.left == -1:
+            raise OSError(self._error, "as told")

@@ -1,13 +1,15 @@
-"""A crash at any instant of making, applying and deleting snapshots: either it has happened or it has not.
+"""A crash at any instant of making, applying and deleting snapshots, and of resizing: it has happened or it has not.
 
 The states are those of `test_qcow2_crash`; here, more is asked of them: every snapshot that there must be is there and
-is what the disk was; in the middle of applying one, the disk is wholly what it was or wholly what it becomes.
+is what the disk was; in the middle of applying one, or of resizing, the disk is wholly what it was or wholly what it
+becomes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from layers.qcow2 import Qcow2
 from nbdserver.reference import Reference, open_stack
 from tests.layers.qcow2_check import check, read, snapshots
-from tests.layers.qcow2_kit import Drive, Operation, RecordedFile, crash_states, open_recorded
+from tests.layers.qcow2_kit import SECTOR, Drive, Operation, RecordedFile, crash_states, open_recorded
 from tests.serving import SEED, amount, create, qemu_io, run
 from tests.serving import check as qemu_check
 
@@ -53,7 +55,7 @@ class Window:
 
 
 class PointsDrive(Drive):
-    """Random requests, and snapshots among them."""
+    """Random requests, and points in time among them."""
 
     def __init__(
         self, file: RecordedFile, disk: Reference, layer: Qcow2, initial: bytes, pick: random.Random, cluster: int
@@ -62,14 +64,19 @@ class PointsDrive(Drive):
         self.layer = layer
         self.made: dict[str, Made] = {}
         self.windows: list[Window] = []
+        #: (began, ended, size): how large the disk has been.
+        self.sizes = [(-1, 0, len(initial))]
+        self._size_max = 3 * len(initial)
         self._names = 0
 
     def point(self) -> None:
         there = [name for name, made in self.made.items() if made.delete_began is None]
         choice = self.pick.random()
-        if choice < 0.5 or not there:
+        if choice < 0.4 and (self.layer.reader.geometry.has_zero or not there):
+            self._resize()
+        elif choice < 0.7 or not there:
             self._create()
-        elif choice < 0.75:
+        elif choice < 0.85:
             self._apply(self.pick.choice(there))
         else:
             self._delete(self.pick.choice(there))
@@ -79,29 +86,46 @@ class PointsDrive(Drive):
         name = f"s{self._names}"
         began = self.file.mark(f"create {name} begins")
         self.layer.create_snapshot(name)
-        ended = self._ended(f"create {name}", began, None)
+        ended = self._ended(f"create {name}", began)
         self.made[name] = Made(bytes(self.model), began, ended)
-
-    def _apply(self, name: str) -> None:
-        is_flushed = self.pick.random() < 0.7
-        if is_flushed:
-            self.flush()
-        old, new = bytes(self.model), self.made[name].content
-        began = self.file.mark(f"apply {name} begins")
-        self.layer.apply_snapshot(name)
-        self.history.changed(0, new, began, self.file.mark("applied"))
-        self.model[:] = new
-        self._ended(f"apply {name}", began, (old, new) if is_flushed else None)
 
     def _delete(self, name: str) -> None:
         began = self.made[name].delete_began = self.file.mark(f"delete {name} begins")
         self.layer.delete_snapshot(name)
-        self.made[name].delete_ended = self._ended(f"delete {name}", began, None)
+        self.made[name].delete_ended = self._ended(f"delete {name}", began)
 
-    def _ended(self, what: str, began: int, disks: tuple[bytes, ...] | None) -> int:
+    def _apply(self, name: str) -> None:
+        new = self.made[name].content
+        self._become(f"apply {name}", lambda: self.layer.apply_snapshot(name), new, 0)
+
+    def _resize(self) -> None:
+        size = self.pick.randint(1, self._size_max // SECTOR) * SECTOR
+        if self.pick.random() < 0.6:  # by little, so that what it loses and regains is in use
+            size = max(len(self.model) + self.pick.randint(-4 * self.cluster, 3 * self.cluster), SECTOR)
+            size -= size % SECTOR
+        new = bytes(self.model[:size]).ljust(size, b"\0")
+        self._become(f"resize {size:#x}", lambda: self.layer.resize(size), new, len(self.model))
+
+    def _become(self, what: str, act: Callable[[], None], new: bytes, changed_from: int) -> None:
+        """The disk becomes another, at once; it is as it was below ``changed_from``."""
+        is_flushed = self.pick.random() < 0.7
+        if is_flushed:
+            self.flush()
+        old = bytes(self.model)
+        began = self.file.mark(f"{what} begins")
+        act()
+        done = self.file.mark("done")
+        self.history.changed(changed_from, new[changed_from:], began, done)
+        self.model[:] = new
         ended = self.file.mark(f"{what} ended")
-        self.history.flushed(began if disks is None and "apply" not in what else ended, ended)
-        self.windows.append(Window(what, began, ended, disks))
+        self.history.flushed(done, ended)
+        self.sizes.append((began, done, len(new)))
+        self.windows.append(Window(what, began, ended, (old, new) if is_flushed else None))
+
+    def _ended(self, what: str, began: int) -> int:
+        ended = self.file.mark(f"{what} ended")
+        self.history.flushed(began, ended)
+        self.windows.append(Window(what, began, ended, None))
         return ended
 
     def wrong(self, position: int, state: bytes | bytearray, below: bytes) -> list[str]:
@@ -111,6 +135,8 @@ class PointsDrive(Drive):
         wrong = [error for error in report.errors if window is None or error not in report.flags]
         disk, found = read(state, below), snapshots(state, below)
         wrong += self.history.wrong(position, disk)
+        if len(disk) not in self._sizes(position):
+            wrong.append(f"the disk has {len(disk)} bytes, not {self._sizes(position)}")
         if window is not None and window.disks is not None and disk not in window.disks:
             wrong.append(f"{window.what}: the disk is neither what it was nor what it becomes")
         for name, made in self.made.items():
@@ -119,6 +145,10 @@ class PointsDrive(Drive):
             if (name in found and not made.may_be(position)) or (name not in found and made.must_be(position)):
                 wrong.append(f"{name} is {'there' if name in found else 'missing'}")
         return [f"{line} (during {window.what})" if window else line for line in wrong]
+
+    def _sizes(self, position: int) -> list[int]:
+        last = max(number for number, (_, ended, _) in enumerate(self.sizes) if ended <= position)
+        return [size for began, _, size in self.sizes[last:] if began < position]
 
 
 @dataclasses.dataclass
@@ -130,7 +160,7 @@ class Scenario:
     backing: int = 0
     before: tuple[str, ...] = ()
     layer: dict[str, object] = dataclasses.field(default_factory=dict)
-    points: int = 12
+    points: int = 15
     states: int = 200
 
 
@@ -145,6 +175,7 @@ SCENARIOS = [
     Scenario(
         "compressed", 1024, 96 * KIB, before=("write -c -P 1 0 40k", "write -c -P 2 64k 21k", "write -P 3 90k 6k")
     ),
+    Scenario("longer backing file", 1024, 32 * KIB, backing=90 * KIB),
     Scenario("preallocated", 1024, 64 * KIB, {"preallocation": "metadata"}),
     Scenario("little cache", 512, 128 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
     Scenario("extended entries", 16384, 512 * KIB, {"extended_l2": "on"}, states=100),
@@ -169,7 +200,7 @@ def _make(scenario: Scenario, directory: Path, pick: random.Random) -> tuple[byt
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_snapshots_happen_or_do_not(scenario: Scenario, tmp_path: Path) -> None:
+def test_points_in_time_happen_or_do_not(scenario: Scenario, tmp_path: Path) -> None:
     pick = random.Random(f"{SEED} {scenario.name}")
     initial, below = _make(scenario, tmp_path, pick)
     backing: object = open_recorded(below)[0] if below else False
@@ -207,6 +238,6 @@ def _opens(state: bytearray, below: bytes) -> None:
     """It can be written, and snapshots can be made."""
     file, layer = open_recorded(state, backing=open_recorded(below)[0] if below else False)
     with open_stack(layer) as disk:
-        disk.write(512, b"again" * 100)
+        disk.write(0, b"again" * 100)
         layer.create_snapshot("again")
     assert not [error for error in check(file.data).errors if error not in check(file.data).flags]

@@ -27,7 +27,7 @@ from nbdserver.graph import flatten
 from nbdserver.reference import Reference, open_stack
 from tests.layers.qcow2_check import Image, read, snapshots
 from tests.layers.qcow2_check import check as own_check
-from tests.layers.qcow2_kit import Operation, Thread, open_recorded
+from tests.layers.qcow2_kit import Fails, Thread, open_recorded
 from tests.serving import SEED, amount, check, content, create, qemu_io, run, run_json
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -460,15 +460,3 @@ def test_the_file_fails(what: str, error: int, tmp_path: Path) -> None:
             assert fails.left >= 0
             break
     assert number > 5
-
-
-class Fails:
-    """Has the operation with this number, of those that change a file, fail."""
-
-    def __init__(self, number: int, error: int) -> None:
-        self.left, self._error = number, error
-
-    def __call__(self, operation: Operation) -> None:
-        self.left -= operation.name in ("write", "sync", "resize")
-        if self.left == -1:
-            raise OSError(self._error, "as told")
