@@ -128,8 +128,12 @@ class DataFile:
 
     def take(self, start: int, count: int) -> tuple[int, int]:
         if not self.has(start, count * self.storage.cluster_size):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.storage.file.filename)
+            raise self.too_short()
         return start, count
+
+    def too_short(self) -> OSError:
+        """The error for places behind the end of a file that cannot grow, as a block device."""
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.storage.file.filename)
 
     def give_back(self, place: int, count: int) -> None:
         pass

@@ -491,15 +491,20 @@ class Qcow2(Layer):
         try:
             yield
         except CorruptImage as error:
-            if self._writer is not None and error.storage in (self.reader.storage, self.reader.data):
-                self._condemn(self._writer, error)
+            self._condemn(error)
             raise
 
     def _watched(self, extents: Iterator[Extent]) -> Iterator[Extent]:
-        with self._watch():
+        try:  # as `_watch`, which costs more: every page fault comes by here
             yield from extents
+        except CorruptImage as error:
+            self._condemn(error)
+            raise
 
-    def _condemn(self, writer: Writer, error: CorruptImage) -> None:
+    def _condemn(self, error: CorruptImage) -> None:
+        writer = self._writer
+        if writer is None or error.storage not in (self.reader.storage, self.reader.data):
+            return
         with self._lock:
             if writer.is_condemned:
                 return

@@ -115,8 +115,8 @@ class Writer:
 
     def is_overwritable(self, run: Run) -> bool:
         """Whether the host clusters of ``run`` hold its data and may be overwritten where they are."""
-        is_allowed = not (self.frozen or self.is_condemned)
-        return is_allowed and run.kind is Kind.NORMAL and run.copied and self._is_in_place(run)
+        is_stored = run.kind is Kind.NORMAL and run.copied
+        return is_stored and not (self.frozen or self.is_condemned) and self._is_in_place(run)
 
     def whole(self, start: int, end: int) -> tuple[int, int]:
         """What of the bytes [start, end) can be made zero by L2 entries: the whole subclusters in it, [first, stop).
@@ -201,9 +201,10 @@ class Writer:
         if start >= end:
             return
         if not self._is_in_place(run):
+            if self._data_file is not None:
+                raise self._data_file.too_short()
             wanted = f"a place in the file, which ends at {self._data.size:#x}, that does not hold metadata"
-            error = self._mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted)
-            raise error if self._data_file is None else error.excused()  # a data file may be cut off
+            raise self._mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted)
         in_place = run.kind is Kind.NORMAL
         if not in_place:
             start, end = self._widened(start, end)

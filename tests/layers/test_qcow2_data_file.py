@@ -144,8 +144,9 @@ def test_one_that_cannot_grow_is_written_as_far_as_it_goes(tmp_path: Path) -> No
     with open_stack(layer) as disk:
         disk.write(100 * KIB, b"x" * 100 * KIB)
         for offset in (460 * KIB, 600 * KIB):
-            with pytest.raises(RequestError):
+            with pytest.raises(RequestError) as caught:
                 disk.write(offset, b"y" * 100 * KIB)
+            assert caught.value.errno == errno.ENOSPC
         assert disk.read(100 * KIB, 100 * KIB) == b"x" * 100 * KIB and disk.read(600 * KIB, 4) == bytes(4)
 
 
