@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import click
 
 from nbdserver.errors import NbdserverError
 from nbdserver.format import Progress, no_progress
-from nbdserver.graph import execute
 from nbdserver.image import wording
 from nbdserver.image.ahead import run_ahead
 from nbdserver.image.allocation import SECTOR, Run, chain, joined, runs
+from nbdserver.image.copying import BATCH_COUNT_MAX, PIECE, read_still
 from nbdserver.image.opening import Images
 from nbdserver.image.parameters import (
     FORMAT,
@@ -27,14 +28,10 @@ from nbdserver.image.parameters import (
 )
 from nbdserver.image.progress import progress
 from nbdserver.layer import Layer
-from nbdserver.limits import MIB
-from nbdserver.request import Request, Vector
+from nbdserver.request import Vector
 
 #: qemu-img's exit statuses.
 SAME, DIFFERENT, CANNOT_OPEN, CANNOT_MAP, CANNOT_READ = range(5)
-
-#: What is read and compared at once.
-PIECE: Final = 2 * MIB
 
 
 @click.command("compare", short_help="Compare the disks in two images.")
@@ -128,36 +125,42 @@ def compare(one: Layer, other: Layer, *, strict: bool = False, progress: Progres
     sizes = one.size, other.size
     if strict and one.size != other.size:
         return Verdict("size", None, sizes)
-    tasks = (task.run for task in _tasks(one, other, strict=strict))
-    for task, offset in run_ahead(tasks):
-        if offset is not None:
-            return Verdict("content" if task.disks else "status", offset, sizes)
-        progress(task.start + task.length, max(sizes))
+    batches = _batches(_checks(one, other, strict=strict))
+    for end, verdict in run_ahead(functools.partial(_run, batch, sizes) for batch in batches):
+        if verdict is not None:
+            return verdict
+        progress(end, max(sizes))
     return Verdict(None, None, sizes)
 
 
-class _Task(NamedTuple):
+def _run(batch: list[_Check], sizes: tuple[int, int]) -> tuple[int, Verdict | None]:
+    """Where a batch ends, and what came out of it if that is a mismatch."""
+    for check in batch:
+        offset = check.run()
+        if offset is not None:
+            return offset, Verdict("content" if check.disks else "status", offset, sizes)
+    return batch[-1].start + batch[-1].length, None
+
+
+class _Check(NamedTuple):
     """A range in which two disks must be alike; or one be zeroes; or of which it is known that something differs."""
 
     start: int
     length: int
     disks: tuple[Layer, ...]
 
-    def run(self) -> tuple[_Task, int | None]:
-        """Itself, and where the first sector is that is not as it must be."""
-        return self, self._difference()
-
-    def _difference(self) -> int | None:
+    def run(self) -> int | None:
+        """Where the first sector is that is not as it must be. Raises RequestError, OSError, ImageError."""
         if not self.disks:
             return self.start
         buffers = (_memory.one, _memory.other)
-        data = [Vector.of(memoryview(buffer).cast("B")[: self.length]) for buffer in buffers]
-        for disk, vector in zip(self.disks, data, strict=False):
-            execute(disk, Request.read(self.start, vector))
+        data = [memoryview(buffer).cast("B")[: self.length] for buffer in buffers]
+        for disk, view in zip(self.disks, data, strict=False):
+            read_still(disk, self.start, view)
         if len(self.disks) == 2:
-            at = None if _memory.is_alike(self.length) else data[0].difference(data[1])
+            at = None if _memory.is_alike(self.length) else Vector.of(data[0]).difference(Vector.of(data[1]))
         else:
-            at = None if data[0].is_zero() else self.length - len(data[0].tobytes().lstrip(b"\0"))
+            at = None if Vector.of(data[0]).is_zero() else self.length - len(data[0].tobytes().lstrip(b"\0"))
         return None if at is None else self.start + at // SECTOR * SECTOR
 
 
@@ -180,11 +183,23 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memory = _Memory()
 
 
-def _tasks(one: Layer, other: Layer, *, strict: bool) -> Iterator[_Task]:
+def _batches(checks: Iterable[_Check]) -> Iterator[list[_Check]]:
+    """Checks that a thread runs at once: little ones cost more to hand out than to run."""
+    batch: list[_Check] = []
+    for check in checks:
+        if batch and (len(batch) == BATCH_COUNT_MAX or check.start + check.length - batch[0].start > PIECE):
+            yield batch
+            batch = []
+        batch.append(check)
+    if batch:
+        yield batch
+
+
+def _checks(one: Layer, other: Layer, *, strict: bool) -> Iterator[_Check]:
     both, total = min(one.size, other.size), max(one.size, other.size)
     for start, length, here, there in _pairs(_runs(one, 0, both, strict), _runs(other, 0, both, strict)):
         if strict and _status(one, here) != _status(other, there):
-            yield _Task(start, length, ())
+            yield _Check(start, length, ())
             return
         disks = (*(() if here.entry.zero else (one,)), *(() if there.entry.zero else (other,)))
         yield from _cut(start, length, disks)
@@ -193,10 +208,10 @@ def _tasks(one: Layer, other: Layer, *, strict: bool) -> Iterator[_Task]:
         yield from _cut(run.start, run.length, () if run.entry.zero else (longer,))
 
 
-def _cut(start: int, length: int, disks: tuple[Layer, ...]) -> Iterator[_Task]:
+def _cut(start: int, length: int, disks: tuple[Layer, ...]) -> Iterator[_Check]:
     if disks:
         for at in range(start, start + length, PIECE):
-            yield _Task(at, min(PIECE, start + length - at), disks)
+            yield _Check(at, min(PIECE, start + length - at), disks)
 
 
 def _runs(disk: Layer, start: int, end: int, strict: bool) -> Iterator[Run]:

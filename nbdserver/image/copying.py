@@ -19,15 +19,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from nbdserver.errors import ImageError, NbdserverError
+from nbdserver.extent import CODE, ZERO, Intent, OpenFile, Special
 from nbdserver.format import Progress, no_progress
-from nbdserver.graph import execute
+from nbdserver.graph import execute, flatten
 from nbdserver.image.allocation import SECTOR
 from nbdserver.layer import Layer
 from nbdserver.limits import MIB
-from nbdserver.request import Flag, Request, Vector
+from nbdserver.request import Flag, Operation, Request, Vector
 
 #: What is read and written at once: as qemu-img does. Larger is no faster, and no longer stays in a processor's cache.
 PIECE: Final = 2 * MIB
+
+#: Pieces of one batch, of which many are small.
+BATCH_COUNT_MAX: Final = 512
 
 #: Threads that read and write, and the most of them (`-m`). What is in the page cache needs no more, slow storage may.
 WORKERS_DEFAULT: Final = 4
@@ -94,13 +98,27 @@ class Copy:
                 yield Range(start, stop - start, found.is_zero)
                 start = stop
 
+    def batches(self, ranges: Iterable[Range]) -> Iterator[list[Range]]:
+        """Pieces that a thread copies at once: little ones cost more to hand out than to copy."""
+        batch: list[Range] = []
+        length = 0
+        for piece in self.pieces(ranges):
+            more = 0 if piece.is_zero and not self.fills_holes else piece.length
+            if batch and (length + more > self.step or len(batch) == BATCH_COUNT_MAX):
+                yield batch
+                batch, length = [], 0
+            batch.append(piece)
+            length += more
+        if batch:
+            yield batch
+
     def read(self, piece: Range, data: memoryview) -> None:
         """Read a piece of data."""
         if piece.is_zero:
             data[:] = bytes(len(data))
             return
         try:
-            execute(self.source, Request.read(piece.start, Vector.of(data)))
+            read_still(self.source, piece.start, data)
         except (NbdserverError, OSError) as error:
             if self.salvage is None:
                 raise ImageError(f"cannot be read at byte {piece.start}: {error}", path=self.source.filename) from error
@@ -118,11 +136,14 @@ class Copy:
                 requests.append(Request.zero(piece.start + start, stop - start, Flag.MAY_UNMAP))
         return requests
 
-    def write(self, requests: Iterable[Request]) -> None:
-        """Write a piece."""
+    def write(self, requests: Iterable[Request], flat: Flat | None) -> None:
+        """Do what `requests` said, straight to the file if the target is ``flat``."""
         for request in requests:
             try:
-                execute(self.target, request)
+                if flat is None:
+                    execute(self.target, request)
+                else:
+                    flat.execute(request)
             except (NbdserverError, OSError) as error:
                 name = self.target.filename
                 raise ImageError(f"cannot be written at byte {request.offset}: {error}", path=name) from error
@@ -144,6 +165,47 @@ class Copy:
                 assert self.salvage is not None
                 self.salvage(f"what is at byte {piece.start + start} cannot be read: {error}")
                 sector[:] = bytes(len(sector))
+
+
+class Flat(NamedTuple):
+    """A disk that lies in one file as it is, from ``offset`` on."""
+
+    file: OpenFile
+    offset: int
+
+    @classmethod
+    def of(cls, disk: Layer) -> Flat | None:
+        """Where a disk is that nobody else uses, if it is in one place; None: not so."""
+        leaf = next(flatten(disk, 0, disk.size, Intent.WRITE), None) if disk.size else None
+        if leaf is None or isinstance(leaf.target, Special) or not leaf.writable or leaf.length < disk.size:
+            return None
+        return None if leaf.transform or leaf.meters else cls(leaf.target, leaf.offset)
+
+    def execute(self, request: Request) -> None:
+        """Write, or zero with MAY_UNMAP. Raises OSError."""
+        if request.operation is Operation.WRITE:
+            self.file.write(self.offset + request.offset, request.vector)
+        else:
+            self.file.zero(self.offset + request.offset, request.length, may_unmap=True, no_fallback=False)
+
+
+def read_still(disk: Layer, start: int, data: memoryview) -> None:
+    """Read from a disk that nobody writes: `execute`, without what watches over those who do.
+
+    Raises RequestError, OSError, ImageError.
+    """
+    done = 0
+    for leaf in flatten(disk, start, len(data), Intent.READ, transforms=False):
+        part = data[done : done + leaf.length]
+        if leaf.target is ZERO:
+            part[:] = bytes(len(part))
+        elif leaf.target is CODE or leaf.meters or isinstance(leaf.target, Special):
+            execute(disk, Request.read(start + done, Vector.of(part)))
+        else:
+            leaf.target.read(leaf.offset, Vector.of(part))
+        done += len(part)
+        if done == len(data):
+            return
 
 
 def whole_units(ranges: Iterable[Range], unit: int, end: int) -> Iterator[Range]:
@@ -225,11 +287,12 @@ class _Run:
 
     def __init__(self, copy: Copy, ranges: Iterable[Range], total: int, progress: Progress) -> None:
         self._copy = copy
-        self._pieces = enumerate(copy.pieces(ranges))
+        self._batches = enumerate(copy.batches(ranges))
+        self._flat = Flat.of(copy.target)
         self._total, self._progress = total, progress
         self._lock = threading.Lock()
         self._turn = threading.Condition()
-        #: The piece whose turn it is, and how far the disk has been written.
+        #: The batch whose turn it is, and how far the disk has been written.
         self._next = 0
         self._done = 0
         #: When all that has been written was due, at the rate that is wanted.
@@ -259,31 +322,34 @@ class _Run:
             buffer = memoryview(bytearray(self._copy.step))
             while not self._failures:
                 with self._lock:
-                    number, piece = next(self._pieces, (0, None))
-                if piece is None:
+                    number, batch = next(self._batches, (0, None))
+                if batch is None:
                     return
-                self._do(number, piece, buffer)
+                self._do(number, batch, buffer)
         except BaseException as error:
             self._fail(error)
 
-    def _do(self, number: int, piece: Range, buffer: memoryview) -> None:
+    def _do(self, number: int, batch: list[Range], buffer: memoryview) -> None:
         copy = self._copy
-        data = buffer[: 0 if piece.is_zero and not copy.fills_holes else piece.length]
-        copy.read(piece, data)
-        requests = copy.requests(piece, data)
+        requests = []
+        for piece in batch:
+            length = 0 if piece.is_zero and not copy.fills_holes else piece.length
+            data, buffer = buffer[:length], buffer[length:]
+            copy.read(piece, data)
+            requests += copy.requests(piece, data)
         if copy.in_order:
             with self._turn:
                 self._turn.wait_for(lambda: self._next == number or bool(self._failures))
         if self._failures:
             return
-        copy.write(requests)
+        copy.write(requests, self._flat)
         with self._turn:
             self._next += 1
-            self._done = max(self._done, piece.start + piece.length)
+            self._done = max(self._done, batch[-1].start + batch[-1].length)
             self._turn.notify_all()
             self._progress(self._done, self._total)
         if copy.rate:
-            self._wait(piece.length / copy.rate)
+            self._wait(sum(piece.length for piece in batch) / copy.rate)
 
     def _wait(self, seconds: float) -> None:
         """Wait until as much as this may be done, on average since the beginning."""

@@ -26,6 +26,7 @@ from nbdserver.image import wording
 from nbdserver.image.ahead import run_ahead
 from nbdserver.image.allocation import chain, runs
 from nbdserver.image.commit import warn_of_snapshots
+from nbdserver.image.copying import PIECE, read_still
 from nbdserver.image.opening import ALONE, Images, layer_type
 from nbdserver.image.parameters import (
     FORMAT,
@@ -39,11 +40,8 @@ from nbdserver.image.parameters import (
 )
 from nbdserver.image.progress import progress
 from nbdserver.layer import Layer, finish
-from nbdserver.limits import KIB, MIB
+from nbdserver.limits import KIB
 from nbdserver.request import Flag, Request, Vector
-
-#: What is read of both backing files, and compared, at once.
-PIECE: Final = 2 * MIB
 
 #: The unit of comparison where the format has none.
 UNIT_DEFAULT: Final = 64 * KIB
@@ -247,5 +245,5 @@ def _read(layer: Layer | None, start: int, stop: int) -> memoryview:
     data = memoryview(bytearray(stop - start))
     there = min(stop, layer.size) - start if layer is not None else 0
     if layer is not None and there > 0:
-        execute(layer, Request.read(start, Vector.of(data[:there])))
+        read_still(layer, start, data[:there])
     return data
