@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from layers.blkverify import Blkverify
 from layers.copy_before_write import CopyBeforeWrite
@@ -22,9 +22,10 @@ from layers.raw import Raw
 from layers.snapshot import Snapshot
 from layers.snapshot_access import SnapshotAccess
 from layers.throttle import Throttle
-from nbdserver.layer import Layer
+from nbdserver.extent import BlockLimits
+from nbdserver.layer import Buffers, Layer
 from nbdserver.reference import Reference
-from nbdserver.request import Operation, Request
+from nbdserver.request import Flag, Operation, Request
 from tests.layers import luks_kit
 from tests.registered import Seen, Spy, open_registered, registered
 from tests.serving import create, qemu_io
@@ -55,6 +56,34 @@ class Invert(Layer):
 
 def _inverted(data: bytes) -> bytes:
     return bytes(byte ^ 0xFF for byte in data)
+
+
+@dataclasses.dataclass(eq=False)
+class Blocks(Layer):
+    """Takes whole blocks only, and not many at once: what becomes of requests before its code is called."""
+
+    file: Layer
+
+    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP
+    buffers: ClassVar[Buffers] = Buffers(
+        read="keeps: cut up; padded to whole blocks, with pool memory",
+        write="bounces: cut up; what blocks hold around the request is read into pool memory beside it",
+        zero="bounces: what is no whole block is written, from pool memory",
+    )
+
+    @property
+    def limits(self) -> BlockLimits:
+        return BlockLimits(request_alignment=512, max_transfer=16 * KIB)
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    def read(self, request: Request) -> None:
+        assert request.offset % 512 == request.length % 512 == 0
+        getattr(self.file, request.operation.value)(request)
+
+    write = zero = read
 
 
 class Stack(NamedTuple):
@@ -164,6 +193,7 @@ STACKS: dict[str, Callable[[Path], Stack]] = {
 
 #: Further ones, and variants.
 VARIANTS: dict[str, Callable[[Path], Stack]] = {
+    "blocks": lambda directory: _on(Blocks),
     "invert": lambda directory: _on(Invert),
     "quorum fifo": lambda directory: _on(lambda *spies: Quorum([*spies], 2, read_pattern="fifo"), 3),
 }

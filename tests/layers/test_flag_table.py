@@ -50,6 +50,7 @@ flag is lost with it. A request for zeroes has no memory; what a layer writes fo
 ## QEMU's block layer
 
 Functions and drivers of QEMU's that handle a request's memory, the layer that does the same here, and that layer's row.
+(`blocks` is no layer: it is what `nbdserver/blocks.py` does to requests on their way to any layer that has limits.)
 
 {functions}
 """
@@ -59,13 +60,17 @@ Functions and drivers of QEMU's that handle a request's memory, the layer that d
 FUNCTIONS: Final[tuple[tuple[str, tuple[str, Operation] | None], ...]] = (
     ("`bdrv_aligned_preadv`: aligned reads", ("raw", Operation.READ)),
     ("`bdrv_aligned_pwritev`: aligned writes", ("raw", Operation.WRITE)),
+    ("`bdrv_aligned_pwritev`: zeroes detected", ("detect-zeroes", Operation.WRITE)),
+    ("`bdrv_pad_request`: unaligned reads, and too long ones", ("blocks", Operation.READ)),
+    ("`bdrv_pad_request`: unaligned writes, and too long ones", ("blocks", Operation.WRITE)),
+    ("`bdrv_co_do_zero_pwritev`: unaligned zeroes", ("blocks", Operation.ZERO)),
     ("`bdrv_co_do_pwrite_zeroes`: zeroes written out", ("luks", Operation.ZERO)),
     ("`bdrv_co_do_copy_on_readv`, `copy-on-read`", ("copy-on-read", Operation.READ)),
     ("`blkverify`: reads", ("blkverify", Operation.READ)),
     ("`blkverify`: writes", ("blkverify", Operation.WRITE)),
     ("`crypto`: reads", ("luks", Operation.READ)),
     ("`crypto`: writes", ("luks", Operation.WRITE)),
-    ("`copy-before-write`: writes", ("copy-before-write", Operation.WRITE)),
+    ("`copy-before-write` and `block_copy`: writes", ("copy-before-write", Operation.WRITE)),
     ("`raw`: reads", ("raw", Operation.READ)),
     ("`raw`: writes", ("raw", Operation.WRITE)),
     ("`qcow2_co_preadv_task`", ("qcow2", Operation.READ)),
@@ -76,9 +81,11 @@ FUNCTIONS: Final[tuple[tuple[str, tuple[str, Operation] | None], ...]] = (
     ("`snapshot-access`", ("snapshot-access", Operation.READ)),
     ("`throttle`", ("throttle", Operation.READ)),
     ("`file-posix`", ("file", Operation.READ)),
-    *((f"`{name}`", None) for name in ("mirror", "commit", "stream", "preallocate", "compress", "blkdebug")),
-    *((f"`{name}`", None) for name in ("blklogwrites", "blkreplay", "nbd", "ssh", "curl", "iscsi", "nfs", "rbd")),
-    *((f"`{name}`", None) for name in ("nvme", "blkio", "vpc", "vhdx", "vmdk", "vdi", "qed", "qcow", "parallels")),
+    ("`bdrv_co_copy_range`", None),
+    *((f"`{name}`", None) for name in ("mirror", "commit", "stream", "preallocate", "compress", "replication")),
+    *((f"`{name}`", None) for name in ("blkdebug", "blklogwrites", "blkreplay", "nbd", "ssh", "curl", "iscsi", "nfs")),
+    *((f"`{name}`", None) for name in ("rbd", "gluster", "nvme", "blkio", "null", "vpc", "vhdx", "vmdk", "vdi", "qed")),
+    *((f"`{name}`", None) for name in ("qcow", "parallels", "bochs", "cloop", "dmg", "vvfat")),
 )
 
 
