@@ -213,7 +213,7 @@ def test_the_golden_image_is_open_once_for_all(sandboxes: Sandboxes) -> None:
         return count
 
     before = descriptors()
-    clients = [sandboxes.connect(f"sandbox-{number}") for number in range(amount(30, 1000))]
+    clients = [sandboxes.connect(f"sandbox-{number}") for number in range(amount(150, 1000))]
     assert all(read(client) == b"g" for client in clients)
     exports = sandboxes.service.server.exports.values()
     assert len({export.root.backing.layer for export in exports}) == 1  # type: ignore[attr-defined]
