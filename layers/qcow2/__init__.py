@@ -31,7 +31,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `resize`         another size, with what lay behind the end never shown
 `create`         new images                   `compose`     the first cluster, put together
 `extensions`     header extensions, changed   `measure`     how large an image would be
-`check`          what is wrong with an image  `repair`      and mending it
+`check`          what is wrong with an image  `repair`      and mending it (`rebuild`: refcounts)
 `census`         all that names clusters      `places`      of this, what is not mapping
 `tally`          counting it                  `subject`     the image that is checked
 `findings`       what has been found

@@ -33,7 +33,8 @@ from layers.ondisk.qcow2 import (
     REFCOUNT_TABLE_RESERVED,
     ZERO,
 )
-from layers.qcow2.findings import Findings
+from layers.qcow2.findings import Findings, Unchecked
+from layers.qcow2.limits import CHECKED_MISPLACED_MAX
 from layers.qcow2.places import Place, bitmaps, encryption, snapshots
 from layers.qcow2.subject import UNKNOWN, Subject
 from layers.qcow2.tally import Tally
@@ -99,7 +100,14 @@ class Census:
         table, tables = snapshots(subject, findings)
         if header.snapshots_count and subject.has_data_file:
             findings.corrupt(f"{header.snapshots_count} snapshots in an image with an external data file")
-        for place, times in Counter((place.offset, place.length) for place in tables).items():
+        different = Counter((place.offset, place.length) for place in tables)
+        if sum(max(min(length, subject.size - offset), 0) for offset, length in different) > subject.size:
+            # To go over all of them would take forever, and no two of them may overlap.
+            findings.corrupt(
+                f"{len(different)} L1 tables of snapshots: more than the file, {subject.size:#x}, can hold"
+            )
+            raise Unchecked
+        for place, times in different.items():
             self._l1_table(Place("L1 table of a snapshot", *place), times=times)
         length = header.refcount_table_clusters * subject.cluster_size
         refcount_table = Place("refcount table", header.refcount_table_offset, length)
@@ -110,7 +118,9 @@ class Census:
 
     def _l1_table(self, place: Place, *, is_active: bool = False, times: int = 1) -> None:
         self._refer(place, times)
-        for index, entry in enumerate(self._subject.entries(place.offset, place.length // 8)):
+        misplaced = 0
+        there = max(min(place.length, self._subject.size - place.offset), 0)  # behind it there would be zeroes
+        for index, entry in enumerate(self._subject.entries(place.offset, -(-there // 8))):
             if not entry:
                 continue
             if entry & L1_RESERVED:
@@ -118,6 +128,9 @@ class Census:
             table = entry & OFFSET_MASK
             if table % self._subject.cluster_size:
                 self._findings.corrupt(f"{place.what}, entry {index} names {table:#x}: not aligned to clusters", times)
+                misplaced += 1
+                if misplaced > CHECKED_MISPLACED_MAX:
+                    continue
             if is_active and table:
                 copied, refcount = bool(entry & COPIED), self._subject.refcount(table >> self._subject.cluster_bits)
                 if _is_wrong(copied, refcount):
@@ -344,14 +357,31 @@ class L2Table:
         """Whether COPIED is set in any entry; so it is in all `plain` ones, or in none."""
         return max(self._entries) >= COPIED
 
+    @functools.cached_property
+    def is_one_run(self) -> bool:
+        """Whether all entries name one cluster after the other, from the first to the last."""
+        first, step, last = self._entries[0], self._subject.cluster_size, len(self._entries) - 1
+        if self._bitmaps or not self._is_named(first) or self._entries[-1] != first + last * step:
+            return False
+        ones, ramp = _ramp(last + 1, step)
+        return int.from_bytes(self._data, "big") == first * ones + ramp
+
+    def _is_named(self, entry: int) -> bool:
+        """Whether an entry names a host cluster and has no other flags than those that a run may have."""
+        named = OFFSET_MASK & ~(self._subject.cluster_size - 1)
+        return bool(entry & named) and not entry & ~(named | COPIED | ZERO)
+
     def runs(self) -> Iterator[Run]:
         """What the entries say, those left out that are all zeroes."""
         subject, entries, bitmaps = self._subject, self._entries, self._bitmaps
-        named, at = OFFSET_MASK & ~(subject.cluster_size - 1), 0
+        if self.is_one_run:
+            yield Run(0, len(entries), entries[0])
+            return
+        at = 0
         while found := SOMETHING.search(self._data, at * subject.entry_size):
             at = found.start() // subject.entry_size
             entry, bitmap, span = entries[at], bitmaps[at] if bitmaps else 0, 1
-            if entry & OFFSET_MASK and not entry & ~(named | COPIED | ZERO):
+            if self._is_named(entry):
                 span = _contiguous(entries, at, subject.cluster_size)
                 if bitmaps:
                     span = next((index for index in range(1, span) if bitmaps[at + index] != bitmap), span)
@@ -362,7 +392,9 @@ class L2Table:
         """The host clusters that the entries name, in order, if they name plain ones below ``stop`` and say nothing
         else; None too if there are few, or if they come in long runs."""
         subject, data = self._subject, self._data
-        if subject.is_extended or subject.has_data_file or _contiguous(self._entries, 0, subject.cluster_size) >= MANY:
+        if subject.is_extended or subject.has_data_file or self.is_one_run:
+            return None
+        if _contiguous(self._entries, 0, subject.cluster_size) >= MANY:
             return None
         used = list(filter(None, self._entries))
         flag = COPIED if used and max(used) >= COPIED else 0
@@ -381,6 +413,16 @@ class L2Table:
 def read_l2(subject: Subject, place: int) -> L2Table:
     """The L2 table at ``place``, wherever that is."""
     return L2Table(subject, subject.read(place, subject.cluster_size))
+
+
+@functools.cache
+def _ramp(count: int, step: int) -> tuple[int, int]:
+    """Tables of ``count`` entries as one number each: of ones, and of 0, ``step``, 2 * ``step``, ..."""
+    ones = int.from_bytes((bytes(7) + b"\1") * count, "big")
+    ramp = array("Q", range(0, count * step, step))
+    if sys.byteorder == "little":
+        ramp.byteswap()
+    return ones, int.from_bytes(ramp.tobytes(), "big")
 
 
 @functools.cache

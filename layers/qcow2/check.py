@@ -31,17 +31,32 @@ def examine(file: Layer, progress: Progress) -> Findings:
         findings.unread("the check ends here, for it cannot be told what is in use")
         findings.is_cut_short = True
         return findings
-    for window in windows(subject, subject.clusters + 1):
-        census.count(window, progress)
+    stop = subject.clusters + 1
+    for part, window in enumerate(windows(subject, stop)):
+        census.count(window, part_of(progress, part, windows_count(subject, stop)))
         _compare(subject, window, findings)
     return findings
 
 
 def windows(subject: Subject, stop: int) -> Iterator[Window]:
     """The clusters of the file below ``stop``, in ranges that can be counted at once."""
-    step = max(CHECKED_COUNT // subject.per_block, 1) * subject.per_block
+    step = _window_step(subject)
     for start in range(0, stop, step):
         yield Window(subject, start, min(start + step, stop))
+
+
+def windows_count(subject: Subject, stop: int) -> int:
+    """How many there are of `windows`."""
+    return -(-stop // _window_step(subject))
+
+
+def part_of(progress: Progress, part: int, parts: int) -> Progress:
+    """The progress of one of equal parts."""
+    return lambda done, total: progress(part * total + done, parts * total)
+
+
+def _window_step(subject: Subject) -> int:
+    return max(CHECKED_COUNT // subject.per_block, 1) * subject.per_block
 
 
 def _compare(subject: Subject, window: Window, findings: Findings) -> None:

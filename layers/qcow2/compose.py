@@ -1,11 +1,10 @@
-"""The first cluster: the header, its extensions and the backing file's name, taken apart and put together.
+"""The first cluster of a new image: the header, its extensions and the backing file's name.
 
 ::
 
     header │ additional fields │ extensions, each padded to 8 bytes │ end │ backing file name │ nothing
 
-Unlike `header`, which says what an image is, this keeps what it does not understand: fields and extensions that others
-have added survive whatever is changed here. Specification: "Header", "Additional fields", "Header extensions".
+How they are changed later is in `extensions`. Specification: "Header", "Additional fields", "Header extensions".
 """
 
 from __future__ import annotations
@@ -71,26 +70,6 @@ class FirstCluster:
     additional: bytes = b""
     extensions: dict[int, bytes] = dataclasses.field(default_factory=dict)
     backing_name: bytes = b""
-
-    @classmethod
-    def decode(cls, data: bytes) -> FirstCluster:
-        """Take the first cluster of an image apart, which `header.read_header` has found sound."""
-        fields, fields3 = HeaderFields._make(HEADER.unpack_from(data)), None
-        start, additional = HEADER_LENGTH_2, b""
-        if fields.version >= 3:
-            fields3 = HeaderFields3._make(HEADER3.unpack_from(data, HEADER.size))
-            start, additional = fields3.header_length, data[HEADER_LENGTH_3_MIN : fields3.header_length]
-        name_at, name_length = fields.backing_file_offset, fields.backing_file_size
-        stop = name_at or 1 << fields.cluster_bits
-        extensions = {}
-        while start + EXTENSION.size <= stop:
-            kind, length = EXTENSION.unpack_from(data, start)
-            if kind == EXTENSION_END:
-                break
-            start += EXTENSION.size
-            extensions[kind] = data[start : start + length]
-            start += _padded(length)
-        return cls(fields, fields3, additional, extensions, data[name_at : name_at + name_length] if name_at else b"")
 
     @property
     def area(self) -> tuple[int, int]:

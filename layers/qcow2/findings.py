@@ -19,6 +19,8 @@ class Findings:
         self.copied = 0
         #: Whether there are entries that name misplaced host clusters in which there is nothing.
         self.has_idle = False
+        #: Whether the snapshot table lacks what version 3 needs.
+        self.has_incomplete = False
         #: Whether the check ended before everything was counted.
         self.is_cut_short = False
 

@@ -73,14 +73,18 @@ BITMAPS_KEPT_MAX: Final = 1024
 DISCARD_PIECE: Final = 16 * MIB
 
 #: Clusters of the file that a check counts references to at once, in two bytes each; larger files are gone over again
-#: for each further such range. That is 4 TiB at 64 KiB clusters.
-CHECKED_COUNT: Final = 1 << 26
+#: for each further such range. That is 2 TiB at 64 KiB clusters.
+CHECKED_COUNT: Final = 1 << 25
 
 #: The most clusters of a file that can be checked: as QEMU, which counts them in an int. 128 TiB at 64 KiB clusters.
 CHECKED_COUNT_MAX: Final = (1 << 31) - 1
 
 #: Refcount blocks that a check keeps for looking up single refcounts.
 CHECKED_BLOCKS_COUNT: Final = 64
+
+#: L2 tables of one L1 table that are not aligned to clusters, and are looked into all the same: as many as there can be
+#: by accident. They may overlap, so that in all they can be thousands of times as long as the file.
+CHECKED_MISPLACED_MAX: Final = 64
 
 #: Findings of a check that are told in words. Nobody reads more.
 FINDINGS_COUNT_MAX: Final = 1000

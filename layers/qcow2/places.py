@@ -43,6 +43,7 @@ def snapshots(subject: Subject, findings: Findings) -> tuple[Place, list[Place]]
             raise _error(subject, f"{what}: extra data", offset + 36, fields.extra_data_size, SNAPSHOT_EXTRA_DATA_MAX)
         if subject.header.version >= 3 and fields.extra_data_size < EXTRA_DATA_MIN:
             findings.corrupt(f"{what}: {fields.extra_data_size} bytes of extra data, wanted {EXTRA_DATA_MIN}")
+            findings.has_incomplete = True
         if fields.l1_table_offset % subject.cluster_size:
             findings.corrupt(f"{what}: L1 table at {fields.l1_table_offset:#x}, which is not aligned to clusters")
         elif fields.l1_size > L1_TABLE_MAX // 8:

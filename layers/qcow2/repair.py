@@ -19,11 +19,10 @@ What is repaired is what ``qemu-img check -r`` repairs.
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from array import array
-from collections.abc import Iterator
+from typing import Final
 
 from layers.ondisk.qcow2 import (
     AUTOCLEAR_AT,
@@ -37,17 +36,18 @@ from layers.ondisk.qcow2 import (
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_FIELD,
     OFFSET_MASK,
-    REFCOUNT_TABLE_AT,
-    REFCOUNT_TABLE_FIELDS,
+    SNAPSHOTS_AT,
+    SNAPSHOTS_FIELDS,
     ZERO,
 )
 from layers.qcow2.cache import SECTOR
 from layers.qcow2.census import ALLOCATED, Census, is_idle, miscopied, read_l2
-from layers.qcow2.check import blocks, examine, windows
-from layers.qcow2.create import refcount_clusters
+from layers.qcow2.check import blocks, examine, part_of, windows, windows_count
 from layers.qcow2.findings import Findings
 from layers.qcow2.header import read_header
-from layers.qcow2.limits import REFCOUNT_TABLE_MAX
+from layers.qcow2.rebuild import rebuild
+from layers.qcow2.snapshot_table import encode_table, read_table
+from layers.qcow2.storage import Storage
 from layers.qcow2.subject import Subject
 from layers.qcow2.tally import Tally
 from nbdserver.errors import ImageError
@@ -56,22 +56,31 @@ from nbdserver.layer import Layer, finish
 
 log = logging.getLogger(__name__)
 
+#: How many times an image is gone over, as a rule: what is wrong, refcounts, what is left, flags, what is left.
+STAGES: Final = 5
+
 
 def check(file: Layer, repair: Repair, progress: Progress) -> ImageCheck:
     """Check the image in ``file``, and repair it (see `nbdserver.format.Checks`)."""
-    found = examine(file, progress)
-    if repair is Repair.NONE or found.is_cut_short:
+    if repair is Repair.NONE:
+        return examine(file, progress).result
+    stages = _Stages(progress)
+    found = examine(file, stages.next())
+    if found.is_cut_short:
         return found.result
     if found.rebuild and repair is Repair.LEAKS:
         found.unread("refcounts have to be made anew, which repairing leaks does not do (repair all)")
         return found.result
-    repairs = _Repairs(file, repair, progress)
+    repairs = _Repairs(file, repair, stages)
     left = repairs.run(found)
+    stages.end()
     result = left.result
     result.leaks_fixed = max(found.result.leaks - result.leaks, 0)
     others = (found.result.corruptions - found.copied) - (result.corruptions - left.copied)
     result.corruptions_fixed = max(others, 0) + repairs.copied_fixed
-    result.messages = found.result.messages + result.messages
+    still = set(result.messages)
+    repaired = [f"repaired: {message}" for message in found.result.messages if message not in still]
+    result.messages = repaired + result.messages
     return result
 
 
@@ -91,8 +100,8 @@ def clean_up(file: Layer) -> None:
 class _Repairs:
     """What is done to one image."""
 
-    def __init__(self, file: Layer, repair: Repair, progress: Progress) -> None:
-        self._file, self._repair, self._progress = file, repair, progress
+    def __init__(self, file: Layer, repair: Repair, stages: _Stages) -> None:
+        self._file, self._repair, self._stages = file, repair, stages
         #: Flags COPIED that have been corrected.
         self.copied_fixed = 0
 
@@ -104,17 +113,20 @@ class _Repairs:
             self._disown()
             if is_all and found.has_idle:
                 self._zero_idle()
-            if is_all and (found.rebuild or found.has_stray):
-                self._rebuild(result.image_end_offset)
+            table, count = self._completed() if is_all and found.has_incomplete else (b"", 0)
+            if table:
+                self._complete_snapshots(table, count, result.image_end_offset)
+            elif is_all and (found.rebuild or found.has_stray):
+                rebuild(*self._begin(), result.image_end_offset, self._stages.next())
             else:
                 self._recount()
-            left = examine(self._file, self._progress)
+            left = examine(self._file, self._stages.next())
         # Repairing leaks, flags are corrected only where refcounts are certain.
         rest = left.result.corruptions - left.copied
         if left.copied and (is_all or not (left.result.check_errors or rest or left.result.leaks)):
             self._disown()
             self._correct_copied()
-            left = examine(self._file, self._progress)
+            left = examine(self._file, self._stages.next())
         if not (left.result.corruptions or left.result.check_errors):
             self._clear_bits()
         return left
@@ -149,9 +161,10 @@ class _Repairs:
 
     def _recount(self) -> None:
         """Correct refcounts where they are: all of them, or only those that are too high."""
-        subject, census = self._begin()
-        for window in windows(subject, subject.clusters + 1):
-            census.count(window, self._progress)
+        (subject, census), progress = self._begin(), self._stages.next()
+        behind = subject.clusters + 1
+        for part, window in enumerate(windows(subject, behind)):
+            census.count(window, part_of(progress, part, windows_count(subject, behind)))
             stop = min(window.stop, subject.clusters)
             for first, count in blocks(subject, window.start, stop):
                 block = subject.block(first // subject.per_block)
@@ -173,62 +186,23 @@ class _Repairs:
             grow(self._file, place + len(data))
             self._file.pwrite(place, data)
 
-    def _rebuild(self, end: int) -> None:
-        """Make a new refcount table and new blocks; behind ``end`` nothing is in use."""
-        subject, census = self._begin()
-        size, per_block = subject.cluster_size, subject.per_block
-        # As far as the new ones can reach: what is in use may pass the end of the file by a cluster.
-        stop = subject.clusters + 1
-        stop += sum(refcount_clusters(stop, size, subject.refcounts.bits))
-        used: set[int] = set()
-        tallies: list[Tally] = []
-        for tally in self._references(subject, census, stop):
-            for first, count in blocks(subject, tally.start, tally.stop):
-                if not tally.is_empty(first, first + count):
-                    used.add(first // per_block)
-            tallies.append(tally)
-            del tallies[:-1]
-        is_one = tallies[0].start == 0
-        start, table_clusters, numbers = self._room(subject, used, end)
-        places = {number: start + table_clusters + index for index, number in enumerate(numbers)}
-        for tally in tallies if is_one else self._references(subject, census, stop):
-            tally.add(start, start + table_clusters + len(numbers), 1)
-            for first, count in blocks(subject, tally.start, tally.stop):
-                place = places.get(first // per_block)
-                if place is not None:
-                    data = subject.refcounts.encode(tally, first, first + count)
-                    self._file.pwrite(place * size, data.ljust(size, b"\0"))
-        table = array("Q", bytes(table_clusters * size))
-        for number, place in places.items():
-            table[number] = place * size
-        self._file.pwrite(start * size, _big_endian(table))
+    def _complete_snapshots(self, table: bytes, count: int, end: int) -> None:
+        """Have another snapshot table, which is counted before it is named, and the old one after."""
+        place = rebuild(*self._begin(), end, self._stages.next(), extra=table)
+        self._file.pwrite(SNAPSHOTS_AT, SNAPSHOTS_FIELDS.pack(count, place))
         self._sync()
-        self._file.pwrite(REFCOUNT_TABLE_AT, REFCOUNT_TABLE_FIELDS.pack(start * size, table_clusters))
-        self._sync()
+        self._recount()
 
-    def _references(self, subject: Subject, census: Census, stop: int) -> Iterator[Tally]:
-        """References to the clusters below ``stop``; not those to what counts them, which is to be made anew."""
-        for window in windows(subject, stop):
-            census.count(window, self._progress, refcounts=False)
-            yield window.tally
-
-    def _room(self, subject: Subject, used: set[int], end: int) -> tuple[int, int, list[int]]:
-        """Where a new refcount table and blocks go: (first cluster, clusters of the table, numbers of the blocks).
-
-        Behind the end of the file, which grows; on what cannot grow, behind all that is in use.
-        """
-        start = max(subject.clusters, end // subject.cluster_size)
-        table_clusters, numbers = _layout(subject, used, start)
+    def _completed(self) -> tuple[bytes, int]:
+        """A snapshot table with all that version 3 needs, and how many are in it; none if the old one cannot be
+        understood."""
+        header = read_header(self._file, checking=True)
+        storage = Storage(self._file, header.geometry.cluster_size)
         try:
-            grow(self._file, (start + table_clusters + len(numbers)) * subject.cluster_size)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            start = end // subject.cluster_size
-            table_clusters, numbers = _layout(subject, used, start)
-            if (start + table_clusters + len(numbers)) * subject.cluster_size > subject.size:
-                raise
-        return start, table_clusters, numbers
+            entries, _ = read_table(storage, header.snapshots_offset, header.snapshots_count)
+        except ImageError:
+            return b"", 0
+        return encode_table(entry.completed(header.size) for entry in entries), len(entries)
 
     # -- entries ----------------------------------------------------------------------------------------------------
 
@@ -277,20 +251,20 @@ class _Repairs:
         self.copied_fixed += len(table.changed)
 
 
-def _layout(subject: Subject, used: set[int], start: int) -> tuple[int, list[int]]:
-    """(clusters of a refcount table, numbers of the blocks) that count what is in the blocks ``used``, and, from
-    cluster ``start`` on, themselves. Raises ImageError if that is more than the format can have."""
-    numbers, table_clusters = set(used), 1
-    while True:
-        stop = start + table_clusters + len(numbers)
-        needed = numbers | set(range(start // subject.per_block, (stop - 1) // subject.per_block + 1))
-        length = -(-(max(needed) + 1) * 8 // subject.cluster_size)
-        if needed == numbers and length == table_clusters:
-            break
-        numbers, table_clusters = needed, length
-    if table_clusters * subject.cluster_size > REFCOUNT_TABLE_MAX:
-        raise ImageError("needs more refcounts than the format can have", path=subject.file.filename)
-    return table_clusters, sorted(numbers)
+class _Stages:
+    """The progress of a repair: how many times the image is gone over is not known when it begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._number = progress, -1
+
+    def next(self) -> Progress:
+        """That of the next time."""
+        self._number += 1
+        number = self._number
+        return lambda done, total: self._progress(number * total + done, max(STAGES, number + 1) * total)
+
+    def end(self) -> None:
+        self._progress(1, 1)
 
 
 class _Table:

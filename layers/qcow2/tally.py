@@ -6,6 +6,7 @@ All in bulk: a run of clusters is one operation on bytes, a refcount block is co
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from array import array
 from collections.abc import Iterator
@@ -88,9 +89,8 @@ class Tally:
             large = ((self.start + index, count) for index, count in self.large(self.start, self.stop))
             yield from ((cluster, count) for cluster, count in large if count > most)
         elif self._counts and max(self._counts) > most:
-            for index, count in enumerate(self._counts):
-                if count > most:
-                    yield self.start + index, self._get(index)
+            for found in re.finditer(b"[" + re.escape(bytes(range(most + 1, 256))) + b"]", self._counts):
+                yield self.start + found.start(), self._get(found.start())
 
     def large(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """(index from ``first`` on, count) of the counts from LARGE on of the clusters [first, stop)."""

@@ -22,7 +22,7 @@ from nbdserver.reference import open_stack
 from tests.layers import qcow2_check
 from tests.layers.qcow2_broken import IMAGES, PLACE, Anatomy, make, mutate
 from tests.layers.qcow2_kit import RecordedFile, crash_states
-from tests.serving import SEED, amount, run
+from tests.serving import SEED, amount, create, run
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -221,6 +221,15 @@ def test_progress_is_told(image: Path) -> None:
     assert told and told == sorted(told) and told[-1][0] == told[-1][1]
 
 
+def test_progress_of_a_repair_never_goes_back(image: Path) -> None:
+    told: list[float] = []
+    _poke(image, Anatomy(image.read_bytes()).kinds["refcount table"][0], 0)
+    file = RecordedFile(bytearray(image.read_bytes()))
+    opener = FileOpener(Graph(), Files())
+    Qcow2.check(file, repair=Repair.ALL, opener=opener, progress=lambda done, total: told.append(done / total))
+    assert told == sorted(told) and told[-1] == 1
+
+
 def test_a_file_too_large_is_refused(image: Path) -> None:
     with image.open("r+b") as file:
         file.truncate(4096 << 31)
@@ -342,6 +351,67 @@ def test_many_snapshots_count_further_than_a_byte(images: dict[str, Path], tmp_p
     assert checked(path, Repair.ALL).corruptions == 0
     theirs = checked_by_qemu(path)
     assert theirs is not None and not (theirs.get("corruptions") or theirs.get("leaks"))
+
+
+def test_snapshots_get_what_version_3_needs(images: dict[str, Path], tmp_path: Path) -> None:
+    """As version 2 did without it, and old programs changed no more than the version."""
+    path = tmp_path / "image"
+    path.write_bytes(images["version 2"].read_bytes())
+    data = bytearray(path.read_bytes())
+    (table,) = struct.unpack_from(">Q", data, 64)
+    id_size, name_size = struct.unpack_from(">HH", data, table + 12)
+    extra = struct.unpack_from(">I", data, table + 36)[0]
+    tail = data[table + 40 + extra : table + 40 + extra + id_size + name_size]
+    struct.pack_into(">I", data, table + 36, 0)
+    data[table + 40 : table + 40 + len(tail)] = tail
+    struct.pack_into(">I", data, 4, 3)
+    struct.pack_into(">QQQII", data, 72, 0, 0, 0, 4, 104)
+    data[104:112] = bytes(8)
+    ours, theirs = _checked(data, path), checked_by_qemu(path)
+    assert theirs is not None and differences(ours, theirs) == {} and ours.corruptions == 1
+    assert "0 bytes of extra data" in ours.messages[0]
+    file = RecordedFile(bytearray(data))
+    report = Qcow2.check(file, repair=Repair.ALL, opener=FileOpener(Graph(), Files()))
+    assert (report.corruptions, report.leaks, report.corruptions_fixed) == (0, 0, 1)
+    assert report.messages == [f"repaired: {ours.messages[0]}"]
+    assert not _checked(file.data, path).leaks
+    assert "s0" in run("qemu-img", "snapshot", "-l", path)
+    pick = random.Random(SEED)
+    for _, state in crash_states(bytes(data), file.log, pick, amount(20, 200)):
+        assert qcow2_check.read(state) == qcow2_check.read(data)
+        assert not any("refcount" in error for error in qcow2_check.check(state).errors)
+    again = Qcow2.check(RecordedFile(file.data), opener=FileOpener(Graph(), Files()))
+    assert not (again.corruptions or again.leaks)
+
+
+def _checked(data: bytes | bytearray, path: Path) -> ImageCheck:
+    path.write_bytes(data)
+    return checked(path)
+
+
+# -- hostile images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(30)
+def test_tables_that_overlap_do_not_take_forever(tmp_path: Path) -> None:
+    """65536 snapshots whose L1 tables are most of the file, each at another place; and L2 tables likewise."""
+    path = create(tmp_path / "image", MIB, cluster_size=512)
+    data = bytearray(path.read_bytes()) + bytes(4 * MIB)
+    at = -(-len(data) // 512) * 512
+    struct.pack_into(">IQ", data, 60, 65536, at)
+    entry = struct.Struct(">QIHHIIQII16x")
+    data += bytes(at - len(data))
+    data += b"".join(entry.pack(512 * number, 4 * MIB // 8, 0, 0, 0, 0, 0, 0, 16) for number in range(1, 65537))
+    report = _checked(data, path)
+    assert report.check_errors and "more than the file" in report.messages[-2]
+    path = create(tmp_path / "other", 2048 * MIB, cluster_size=2 * MIB)
+    data = bytearray(path.read_bytes())
+    data += bytes(-len(data) % (2 * MIB)) + b"\x80" + bytes(7) * (2 * MIB)
+    (l1,) = struct.unpack_from(">Q", data, 40)
+    struct.pack_into(">I", data, 36, 4 * MIB // 8)
+    for number in range(20_000):
+        struct.pack_into(">Q", data, l1 + 8 * number, 1 << 63 | 512 * (number + 1))
+    assert _checked(data, path).corruptions >= 20_000
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
