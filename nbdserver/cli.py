@@ -26,6 +26,7 @@ import nbdserver
 from nbdserver import client, config, explain, registry, uri
 from nbdserver.commands import Commands
 from nbdserver.config import Config, ExportConfig
+from nbdserver.contexts import Contexts
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
 from nbdserver.errors import ConfigError, NbdserverError
@@ -142,6 +143,18 @@ main.add_command(image)
     "[default: off]",
 )
 @click.option(
+    "--bitmap",
+    "-B",
+    "bitmaps",
+    multiple=True,
+    metavar="NAME",
+    help="Offer the dirty bitmap NAME of the images, as the meta context qemu:dirty-bitmap:NAME. May be given several "
+    "times.",
+)
+@click.option(
+    "--allocation-depth", "-A", is_flag=True, help="Offer the meta context qemu:allocation-depth of the images."
+)
+@click.option(
     "--root",
     "roots",
     multiple=True,
@@ -217,6 +230,8 @@ def serve(
     aio: str | None,
     discard: str | None,
     detect_zeroes: str | None,
+    bitmaps: tuple[str, ...],
+    allocation_depth: bool,
     roots: tuple[str, ...],
     backend: str | None,
     workers: int | None,
@@ -252,7 +267,14 @@ def serve(
         raise click.UsageError("--verbose and --quiet contradict each other")
     options: dict[str, Any] = {"backend": backend, "workers": workers, "pool": pool, "record": record}
     given = {key: value for key, value in options.items() if value is not None}
-    of_image = {"format": format, "cache": cache, "aio": aio, "discard": discard, "detect_zeroes": detect_zeroes}
+    of_image: dict[str, Any] = {
+        "format": format,
+        "cache": cache,
+        "aio": aio,
+        "discard": discard,
+        "detect_zeroes": detect_zeroes,
+    }
+    of_image |= {"bitmaps": bitmaps or None, "allocation_depth": allocation_depth or None}
 
     def configure() -> Config:
         wanted = _configured(sources, of_image, read_only or None)
@@ -437,7 +459,7 @@ def _misused(export: ExportConfig) -> Iterator[None]:
         raise click.UsageError(f"--{error.key.replace('_', '-')}: {error.message}") from error
 
 
-def _configured(sources: Sequence[str], of_image: Mapping[str, str | None], read_only: bool | None) -> Config:
+def _configured(sources: Sequence[str], of_image: Mapping[str, Any], read_only: bool | None) -> Config:
     """What the arguments of ``serve`` name, read-only if so wished. ``of_image``: options for images, None where they
     are not given. Raises ConfigError, click.UsageError."""
     given = {key: value for key, value in of_image.items() if value is not None}
@@ -450,7 +472,7 @@ def _configured(sources: Sequence[str], of_image: Mapping[str, str | None], read
     if len(sources) > 1:
         raise click.UsageError("name one configuration, or images: not several, not both")
     for key in given:
-        option = key.replace("_", "-")
+        option = key.removesuffix("s") if key == "bitmaps" else key.replace("_", "-")
         raise click.UsageError(f"--{option} is for images; a configuration says each export's {option} itself")
     wanted = config.load(sources[0])
     if read_only:
@@ -624,6 +646,7 @@ def _examine(wanted: Config) -> list[dict[str, Any]]:
                 layer, read_only = export.build()
                 user = f"export {export.name!r}"
                 with _opened(graph, layer, FileOpener(graph, files, roots=wanted.roots, read_only=True, user=user)):
+                    Contexts(layer, export.bitmaps, read_only=True).close()
                     row |= {"size": layer.size, "format": layer.type, "read_only": read_only}
         except (NbdserverError, OSError) as error:
             row["error"] = str(error)

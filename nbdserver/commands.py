@@ -94,9 +94,19 @@ class Commands:
         layers: list | None = None,  # type: ignore[type-arg]
         read_only: bool | None = None,
         description: str | None = None,
+        bitmaps: list | bool | None = None,  # type: ignore[type-arg]
+        allocation_depth: bool | None = None,
         directory: str | None = None,
     ) -> dict[str, Any]:
-        keys = {"image": image, "format": format, "layers": layers, "read_only": read_only, "description": description}
+        keys = {
+            "image": image,
+            "format": format,
+            "layers": layers,
+            "read_only": read_only,
+            "description": description,
+            "bitmaps": bitmaps,
+            "allocation_depth": allocation_depth,
+        }
         values = {key: value for key, value in keys.items() if value is not None}
         export = self._service.add(name, values, os.path.join(self._directory, directory or ""))
         return {"name": export.name, "size": export.info.size, "read_only": export.info.read_only}

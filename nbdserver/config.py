@@ -12,7 +12,8 @@
 
     [exports.vm]                             one image
     image = "vm.qcow2"                       format, read_only, description, default, tls;
-                                             cache, aio, discard, detect_zeroes
+                                             cache, aio, discard, detect_zeroes;
+                                             bitmaps, allocation_depth (meta contexts to offer)
 
     [exports.disk]                           or layers, from top to bottom
     layers = [{type = "raw", offset = "1M"}, {type = "file", path = "disk.img"}]
@@ -56,7 +57,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 from nbdserver import registry, uri
 from nbdserver.errors import ConfigError, ImageError
@@ -65,6 +66,7 @@ from nbdserver.files import Files
 from nbdserver.handshake import TlsMode, encoded
 from nbdserver.layer import Layer
 from nbdserver.limits import (
+    BITMAPS_OFFERED_MAX,
     CONFIG_FILE_MAX,
     DISK_MAX,
     EXPORTS_COUNT_MAX,
@@ -95,7 +97,7 @@ EXPORT_TLS: Final = ("default", "required")
 TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
 EXPORT_KEYS: Final = (
     *("image", "format", "layers", "read_only", "description", "default", "tls", "template"),
-    *("cache", "aio", "discard", "detect_zeroes"),
+    *("cache", "aio", "discard", "detect_zeroes", "bitmaps", "allocation_depth"),
 )
 
 #: Keys of an export that go with ``image``, and what they are in ``layers``.
@@ -166,7 +168,8 @@ class ExportConfig:
 
     ``read_only`` None: not said. ``default``: also served under the empty name. ``discard``: one of DISCARDS. Of an
     image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes`` (None: as those of the layers of
-    these names are). ``where``: for messages. ``nodes``: what ``layers`` may name.
+    these names are). ``bitmaps``, ``allocation_depth``:
+    meta contexts to offer (`contexts.Contexts`). ``where``: for messages. ``nodes``: what ``layers`` may name.
     """
 
     name: str
@@ -182,6 +185,8 @@ class ExportConfig:
     aio: str | None = None
     detect_zeroes: str | None = None
     discard: str = "unmap"
+    bitmaps: tuple[str, ...] | Literal[True] = ()
+    allocation_depth: bool = False
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -453,6 +458,8 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         aio=table.one_of("aio", AIOS),
         detect_zeroes=table.one_of("detect_zeroes", DETECT_ZEROES),
         discard=table.choice("discard", DISCARDS, "unmap"),
+        bitmaps=_bitmaps(table),
+        allocation_depth=bool(table.flag("allocation_depth")),
         where=table.where,
         nodes=nodes,
     )
@@ -464,7 +471,7 @@ def _pattern(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeC
         table.refuse(
             "template", "goes with a name that has a * in it, and besides only letters, digits, and not first . _ -"
         )
-    for key in ("layers", "read_only", "default", "discard", "image", *IMAGE_KEYS):
+    for key in ("layers", "read_only", "default", "discard", "bitmaps", "image", *IMAGE_KEYS):
         if table.get(key) is not None:
             table.refuse(key, "is not for a pattern; what its exports are is said in template")
     description = table.text("description") or ""
@@ -474,9 +481,16 @@ def _pattern(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeC
         description=description,
         tls_required=table.choice("tls", EXPORT_TLS, "default") == "required",
         template=_template(table.inner("template", TEMPLATE_KEYS), directory),
+        allocation_depth=bool(table.flag("allocation_depth")),
         where=table.where,
         nodes=nodes,
     )
+
+
+def _bitmaps(table: _Table) -> tuple[str, ...] | Literal[True]:
+    if table.get("bitmaps") is True:
+        return True
+    return tuple(table.texts("bitmaps", BITMAPS_OFFERED_MAX, "true, or "))
 
 
 def _template(table: _Table, directory: str) -> TemplateConfig:
@@ -746,9 +760,9 @@ class _Table:
             self.refuse(key, f"found {_shown(value)}, allowed are 1 to {STRING_MAX} characters, none of them NUL")
         return str(value)
 
-    def texts(self, key: str, count_max: int) -> list[str]:
-        """A list of strings; empty if the key is not there."""
-        wanted = "a list of strings"
+    def texts(self, key: str, count_max: int, also: str = "") -> list[str]:
+        """A list of strings; empty if the key is not there. ``also``: what else is allowed, for messages."""
+        wanted = f"{also}a list of strings"
         value = self._take(key, lambda value: isinstance(value, list), wanted)
         if value is None:
             return []

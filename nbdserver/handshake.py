@@ -37,6 +37,9 @@ from nbdserver.limits import (
 
 REPLY_MAGIC: Final = 0x3E889045565A9
 
+#: The query for all contexts of dirty bitmaps: QEMU's docs/interop/nbd.rst.
+DIRTY_BITMAPS: Final = "qemu:dirty-bitmap:"
+
 #: What EXPORT_NAME appends to the answer for clients that have not negotiated NO_ZEROES.
 RESERVED_ZEROES: Final = bytes(124)
 
@@ -437,7 +440,7 @@ class Handshake:
 
     def _list_meta_context(self, fields: _Fields) -> Action:
         export, _, queries = self._meta_queries(fields)
-        # No query asks for all there is; "namespace:" for all of the namespace.
+        # No query asks for all there is; "namespace:" for all of the namespace, and so on.
         chosen = (
             context
             for context in export.contexts
@@ -572,7 +575,10 @@ def _decoded(data: bytes, what: str) -> str:
 
 
 def _is_wildcard(query: str, context: str) -> bool:
-    return query.endswith(":") and context.startswith(query)
+    """Whether ``query`` asks for all of a namespace, or for all of QEMU's dirty bitmaps. (A bitmap's own name may have
+    colons in it.)"""
+    is_namespace = query.endswith(":") and query.count(":") == 1
+    return (is_namespace or query == DIRTY_BITMAPS) and context.startswith(query)
 
 
 def _meta_replies(option: int, contexts: Iterable[tuple[int, str]]) -> bytes:

@@ -22,8 +22,11 @@ OPTION_MAX: Final = 64 * KIB
 #: Options one client may send before it must begin transmission: no client needs more, and each costs a reply.
 OPTIONS_COUNT_MAX: Final = 512
 
-#: Meta context queries in one option. No client sends more than a few.
-QUERIES_COUNT_MAX: Final = 32
+#: Dirty bitmaps that one export offers: more than anybody keeps, few enough to list.
+BITMAPS_OFFERED_MAX: Final = 64
+
+#: Meta context queries in one option: one for each context that there is, and some that there are not.
+QUERIES_COUNT_MAX: Final = 2 * BITMAPS_OFFERED_MAX
 
 #: proto.md, "Size constraints": the largest minimum block size, and the smallest preferred one.
 MINIMUM_BLOCK_MAX: Final = 64 * KIB

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from nbdserver import _engine, blocks
+from nbdserver.contexts import Bitmaps, Contexts
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files, block_limits
@@ -168,13 +169,14 @@ class Export:
         *,
         effects: Effects,
         graph: Graph,
+        contexts: Contexts,
         discard: bool = True,
     ) -> None:
-        """``use`` is what this is in ``graph``: a user of its root. ``discard``: whether clients may give storage back,
-        by trimming or along with zeroing."""
+        """``use`` is what this is in ``graph``: a user of its root; ``contexts`` are offered besides allocation.
+        ``discard``: whether clients may give storage back, by trimming or along with zeroing."""
         self.name, self.use, self.info, self.engine_export = name, use, info, engine_export
         self.root = use.layer
-        self._effects, self._graph, self._discard = effects, graph, discard
+        self._effects, self._graph, self._contexts, self._discard = effects, graph, contexts, discard
         self._unsubscribe = graph.subscribe(self.root, engine_export.changed)
         #: Is called when it is over and its layers are closed.
         self.after_end: Callable[[], None] = lambda: None
@@ -242,6 +244,7 @@ class Export:
     def close(self) -> None:
         """Let the layers go. No request runs, and none will. Raises what closing raises."""
         self._unsubscribe()
+        self._contexts.close()
         self._graph.close(self.root, self.use)
 
     # -- faults --------------------------------------------------------------------------------------------------
@@ -334,6 +337,7 @@ class Export:
 
     def status(self, context: str, offset: int, length: int, one: bool) -> list[tuple[int, int]]:
         """(length, flags) descriptors for a meta context, neighbours merged, at most STATUS_COUNT_MAX."""
+        self._contexts.check(self.root, context)
         runs: list[tuple[int, int]] = []
         end = offset + length
         while offset < end:
@@ -470,10 +474,12 @@ class Server:
         tls_required: bool = False,
         discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
+        bitmaps: Bitmaps = (),
+        allocation_depth: bool = False,
     ) -> Export:
         """Open ``layer`` and everything below it, and export it as ``name`` (and under "", if ``default``).
         ``tls_required``: to clients with TLS alone. ``discard``: see `Export`. ``roots``: where images may name files,
-        if not in the server's.
+        if not in the server's. ``bitmaps``, ``allocation_depth``: which meta contexts to offer (`contexts.Contexts`).
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
@@ -487,6 +493,8 @@ class Server:
                 tls_required=tls_required,
                 discard=discard,
                 roots=roots,
+                bitmaps=bitmaps,
+                allocation_depth=allocation_depth,
             )
             try:
                 self.change(add=[export], default=name if default else KEEP)
@@ -505,6 +513,8 @@ class Server:
         tls_required: bool = False,
         discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
+        bitmaps: Bitmaps = (),
+        allocation_depth: bool = False,
     ) -> Export:
         """An export as `export` makes it that is not offered yet: for `change`, or `end`. Raises as `export` does."""
         with self.changing():
@@ -512,8 +522,11 @@ class Server:
                 raise ConfigError("the server is stopping")
             opener = self._opener(read_only, self._roots if roots is None else roots, _user(name))
             use = self._graph.open(layer, opener, user=_user(name))
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._graph.close, layer, use)
                 read_only = read_only or layer.read_only
+                contexts = Contexts(layer, bitmaps, allocation_depth=allocation_depth, read_only=read_only)
+                undo.callback(contexts.close)
                 info = ExportInfo(
                     name=name,
                     description=description,
@@ -521,14 +534,20 @@ class Server:
                     read_only=read_only,
                     tls_required=tls_required,
                     preferred_block=preferred_block(layer),
+                    contexts=contexts.names,
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
                 export = Export(
-                    name, use, info, engine_export, effects=self._effects, graph=self._graph, discard=discard
+                    name,
+                    use,
+                    info,
+                    engine_export,
+                    effects=self._effects,
+                    graph=self._graph,
+                    contexts=contexts,
+                    discard=discard,
                 )
-            except BaseException:
-                self._graph.close(layer, use)
-                raise
+                undo.pop_all()
             self._by_id[engine_export.id] = export
             return export
 

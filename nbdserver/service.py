@@ -180,6 +180,8 @@ class Service:
             "description": wanted.description,
             "tls_required": wanted.tls_required,
             "discard": wanted.discard == "unmap",
+            "bitmaps": wanted.bitmaps,
+            "allocation_depth": wanted.allocation_depth,
         }
 
     def _say_probed(self, wanted: ExportConfig, read_only: bool) -> None:

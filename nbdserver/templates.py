@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdserver import registry
 from nbdserver.config import ExportConfig, TemplateConfig, is_lawful_instance
+from nbdserver.contexts import offered
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.files import Files
 from nbdserver.handshake import ExportInfo, Unavailable
@@ -56,6 +57,7 @@ class Template:
         self.config: TemplateConfig = wanted.template
         self.name = wanted.name
         self.description, self.tls_required = wanted.description, wanted.tls_required
+        self._allocation_depth = wanted.allocation_depth
         self._server, self._log = server, log
         self._image = os.path.abspath(self.config.image)
         self._format = self.config.format or Files().probe(self._image)
@@ -108,7 +110,13 @@ class Template:
         """What a client is told of a name that is not there yet; None if the pattern does not stand for it."""
         if not self._is_mine(name):
             return None
-        return ExportInfo(name=name, size=self._size, description=self.description, tls_required=self.tls_required)
+        return ExportInfo(
+            name=name,
+            size=self._size,
+            description=self.description,
+            tls_required=self.tls_required,
+            contexts=offered(self._allocation_depth),
+        )
 
     def make(self, name: str) -> Export:
         """The export of that name, not offered yet; its overlay is made if there is none. Raises Unavailable."""
@@ -154,7 +162,11 @@ class Template:
 
     def _open(self, name: str, path: str) -> Export:
         layer = registry.image(path, FORMAT)
-        options: dict[str, Any] = {"description": self.description, "tls_required": self.tls_required}
+        options: dict[str, Any] = {
+            "description": self.description,
+            "tls_required": self.tls_required,
+            "allocation_depth": self._allocation_depth,
+        }
         export = self._server.open(name, layer, roots=self._roots, **options)
         export.made_by = self
         if self.config.ephemeral:

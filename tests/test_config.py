@@ -260,7 +260,7 @@ def test_enormous_integer(load: Load) -> None:
 
 ALLOWED_EXPORT = (
     "Allowed are: image, format, layers, read_only, description, default, tls, template, "
-    "cache, aio, discard, detect_zeroes"
+    "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth"
 )
 
 

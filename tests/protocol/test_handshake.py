@@ -545,6 +545,19 @@ def test_wildcards_list_their_namespace_only() -> None:
     assert [data[4:].decode() for _, data in answer[:-1]] == list(names[1:])
 
 
+def test_all_dirty_bitmaps_are_a_query_and_their_names_may_have_colons() -> None:
+    names = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b")
+    handshake = shake(exports={"d": ExportInfo("d", 1, contexts=names)})
+    for query, listed in (
+        ("qemu:dirty-bitmap:", names[2:]),
+        ("qemu:dirty-bitmap:a:", ()),
+        ("qemu:dirty-bitmap:a:b", names[3:]),
+        ("qemu:dirty", ()),
+    ):
+        answer = ask(handshake, Option.LIST_META_CONTEXT, meta("d", query))
+        assert tuple(data[4:].decode() for _, data in answer[:-1]) == listed
+
+
 @pytest.mark.parametrize("queries", [(), ("base:",)])
 def test_set_meta_context_selects_nothing(queries: tuple[str, ...]) -> None:
     handshake = structured(shake())
@@ -613,7 +626,7 @@ def test_set_meta_context_needs_structured_replies() -> None:
         (meta("vm", "base:\0"), ReplyType.ERR_INVALID, "the query contains a NUL"),
         (meta("vm", b"\x80"), ReplyType.ERR_INVALID, "the query is not valid UTF-8"),
         (meta("vm", "q" * 4097), ReplyType.ERR_INVALID, "the query is 4097 bytes long"),
-        (meta("vm", *["base:"] * 33), ReplyType.ERR_TOO_BIG, "33 queries; this server takes 32"),
+        (meta("vm", *["base:"] * 129), ReplyType.ERR_TOO_BIG, "129 queries; this server takes 128"),
         (text("vm") + b"\xff\xff\xff\xff", ReplyType.ERR_TOO_BIG, "4294967295 queries"),
     ],
 )
