@@ -45,7 +45,7 @@ from layers.qcow2.repair import check, clean_up
 from layers.qcow2.resize import resize
 from layers.qcow2.snapshot_table import Entry, find, read_table
 from layers.qcow2.snapshots import Snapshots, shown
-from layers.qcow2.storage import CorruptImage, Storage
+from layers.qcow2.storage import CorruptImage, Storage, Unopened
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
@@ -66,8 +66,9 @@ class Qcow2(Layer):
     file: Layer
     #: What unallocated clusters show. By default (None) what the image names; false: nothing, whatever it names.
     backing: Layer | Literal[False] | None = None
-    #: Where guest data is, if the image has an external data file. By default what the image names.
-    data_file: Layer | None = None
+    #: Where guest data is, if the image has an external data file. By default what the image names; false: leave it
+    #: alone, so that the image can be described but not read.
+    data_file: Layer | Literal[False] | None = None
     #: Show this internal snapshot (its ID, or else its name) rather than the disk, read-only.
     snapshot: str | None = None
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
@@ -143,17 +144,20 @@ class Qcow2(Layer):
 
     def open(self, opener: Opener) -> None:
         is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
+        is_read_only = is_read_only or self.data_file is False
         self._header = header = self._header or self._read_header(is_read_only)
         if self.backing is None and header.backing_name is not None:
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
-        storage = data = Storage(self.file, header.geometry.cluster_size)
+        storage = Storage(self.file, header.geometry.cluster_size)
         # Bitmaps are the live disk's; a snapshot has none.
         named = header if self.snapshot is None else dataclasses.replace(header, extensions={})
         self._bitmaps = Bitmaps(storage, named, size=lambda: self.size, make=self._new_bits, track=self._mark_in)
         self._open_data_file(header, opener, is_read_only)
-        if self.data_file is not None:
-            data = Storage(self.data_file, header.geometry.cluster_size)
+        if not header.geometry.has_data_file:
+            data = storage
+        else:
+            data = Storage(self.data_file or Unopened(header.size), header.geometry.cluster_size)
         if self.snapshot is not None:
             if header.geometry.has_data_file:
                 raise ConfigError(
@@ -179,7 +183,7 @@ class Qcow2(Layer):
     def _open_data_file(self, header: Header, opener: Opener, is_read_only: bool) -> None:
         """Open the external data file if the image has one that the configuration does not give."""
         if not header.geometry.has_data_file:
-            if self.data_file is not None:
+            if self.data_file:
                 raise ConfigError("the image has no external data file", key="data-file")
             return
         if header.is_raw and self.backing and not is_read_only:

@@ -25,6 +25,25 @@ class CorruptImage(ImageError):
         return ImageError(self.message, path=self.path, offset=self.offset, found=self.found, wanted=self.wanted)
 
 
+class Unopened(Layer):
+    """An external data file that was left alone: nobody knows what is in it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        return True
+
+    def read(self, request: Request) -> None:
+        raise RequestError(errno.EIO, "the external data file has not been opened")
+
+
 class Storage:
     """``file`` with its size, which changes only here."""
 

@@ -13,7 +13,7 @@ from nbdserver.files import own_roots, resolve_name, within
 from nbdserver.format import Describes, HasBacking, HasClusters, HasDirtyFlag, HasSnapshots
 from nbdserver.image import wording
 from nbdserver.image.allocation import SECTOR, bare
-from nbdserver.image.opening import ALONE, Images, is_device
+from nbdserver.image.opening import UNREAD, Images, is_device
 from nbdserver.image.parameters import (
     file_argument,
     force_share_option,
@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Describe an image: its format, sizes, backing file, snapshots, and what its format says of it.
 
-    The backing file is opened only for --backing-chain.
+    The backing file is opened only for --backing-chain, an external data file not at all.
     """
     with Images(roots, force_share=force_share) as images:
         found = chain_info(images, path, format) if is_chain else [image_info(images, path, format)]
@@ -64,7 +64,7 @@ def chain_info(images: Images, path: str, format: str | None) -> list[dict[str, 
 
 def image_info(images: Images, path: str, format: str | None) -> dict[str, Any]:
     """What qemu-img says of one image, under its names. Raises ImageError, OSError."""
-    layer = images.open(path, format, keys=ALONE)
+    layer = images.open(path, format, keys=UNREAD)
     info = {"filename": path, "format": layer.type, **_sizes(layer)}
     info["dirty-flag"] = isinstance(layer, HasDirtyFlag) and layer.dirty_flag
     if isinstance(layer, HasClusters):

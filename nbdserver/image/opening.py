@@ -25,6 +25,9 @@ USER: Final = "this command"
 #: For `Images.open`: leave the backing file alone.
 ALONE: Final[Mapping[str, object]] = {"backing": False}
 
+#: And an external data file, too: for what only describes an image, which may be anybody's.
+UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False}
+
 
 class Images:
     """The images that one command uses. A context manager: its end closes them, and raises what closing raises.
@@ -67,11 +70,11 @@ class Images:
     ) -> Layer:
         """Open the image at ``path`` (or an NBD URI), and the chain below it.
 
-        ``keys``: more keys of its layer's; those that the format has no use for are left out, if they are in `ALONE`.
+        ``keys``: more keys of its layer's; those that the format has no use for are left out, if they are in `UNREAD`.
         Raises ImageError, ConfigError, OSError.
         """
         name = self.format(path, format)
-        wanted = {key: value for key, value in keys.items() if key not in ALONE or has_key(layer_type(name), key)}
+        wanted = {key: value for key, value in keys.items() if key not in UNREAD or has_key(layer_type(name), key)}
         if is_remote(path):
             layer_type(name)
             return self.enter(registry.build(name, {"file": Remote(path), **wanted}), read_only=read_only)

@@ -388,6 +388,20 @@ def test_bad_names(name: bytes, words: str, tmp_path: Path, monkeypatch: pytest.
     assert caught.value.path
 
 
+def test_an_image_is_described_without_it(tmp_path: Path) -> None:
+    path, data = _create(tmp_path)
+    qemu_io(path, "write -P 1 0 64k")
+    data.unlink()
+    layer = _opened(path, data_file=False)
+    with open_stack(layer) as disk:
+        assert layer.header.data_file_name == str(data) and layer.info()
+        assert layer.read_only and disk.read(MIB // 2, 1) == b"\0"
+        with pytest.raises(RequestError, match="has not been opened"):
+            disk.read(0, 1)
+    with open_stack(_opened(create(tmp_path / "other", MIB), data_file=False)) as disk:
+        assert disk.read(0, 1) == b"\0"
+
+
 def test_an_image_without_one_is_given_none(tmp_path: Path) -> None:
     path = create(tmp_path / "image", MIB)
     with (
