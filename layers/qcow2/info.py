@@ -12,24 +12,25 @@ from nbdserver.format import Bitmap
 
 def describe(header: Header, bitmaps: Sequence[Bitmap], *, is_corrupt: bool) -> dict[str, Any]:
     """`nbdserver.format.Describes.info`. ``is_corrupt``: whether that has turned out since the header was read."""
-    data: dict[str, Any] = {
+    data: dict[str, Any] = {  # in the order in which qemu-img prints them
         "compat": "1.1" if header.version >= 3 else "0.10",
         "compression-type": "zstd" if header.compression == COMPRESSION_ZSTD else "zlib",
-        "refcount-bits": header.geometry.refcount_bits,
     }
     if header.version >= 3:
         data["lazy-refcounts"] = header.is_lazy
-        data["corrupt"] = is_corrupt or bool(header.incompatible & INCOMPATIBLE_CORRUPT)
-        data["extended-l2"] = header.geometry.subclusters > 1
+        if bitmaps:
+            data["bitmaps"] = [_bitmap(bitmap) for bitmap in bitmaps]
+    data["refcount-bits"] = header.geometry.refcount_bits
+    if header.version >= 3:
         if header.geometry.has_data_file:
             if header.data_file_name is not None:
                 data["data-file"] = header.data_file_name
             data["data-file-raw"] = header.is_raw
-        if bitmaps:
-            data["bitmaps"] = [_bitmap(bitmap) for bitmap in bitmaps]
+        data["corrupt"] = is_corrupt or bool(header.incompatible & INCOMPATIBLE_CORRUPT)
+        data["extended-l2"] = header.geometry.subclusters > 1
     return {"type": "qcow2", "data": data}
 
 
 def _bitmap(bitmap: Bitmap) -> dict[str, Any]:
     flags = [flag for flag, is_set in (("in-use", bitmap.in_use), ("auto", bitmap.auto)) if is_set]
-    return {"name": bitmap.name, "granularity": bitmap.granularity, "flags": flags}
+    return {"flags": flags, "name": bitmap.name, "granularity": bitmap.granularity}

@@ -77,8 +77,8 @@ def image_info(images: Images, path: str, format: str | None) -> dict[str, Any]:
     if isinstance(layer, HasSnapshots) and (snapshots := layer.snapshots()):
         info["snapshots"] = [wording.snapshot_info(snapshot) for snapshot in snapshots]
     if isinstance(layer, Describes):
-        info["format-specific"] = {"type": layer.type, "data": layer.info()}
-        if "encrypt" in layer.info():
+        info["format-specific"] = layer.info()
+        if "encrypt" in info["format-specific"]["data"]:
             info["encrypted"] = True
     info["children"] = [{"name": role, "info": _child_info(bare(child))} for role, child in _files(layer)]
     return info
