@@ -33,9 +33,9 @@ impl Client {
         })
     }
 
-    /// A request of this connection's has begun.
-    pub fn began(&self, header: &Header) {
-        count(&self.counters.requests, 1);
+    /// A request of this connection's, or a part of one, has begun.
+    pub fn began(&self, header: &Header, is_first: bool) {
+        count(&self.counters.requests, u64::from(is_first));
         match header.command {
             command::READ => count(&self.counters.bytes_read, header.length),
             command::WRITE => count(&self.counters.bytes_written, header.length),

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::client::Client;
 use crate::export::Export;
+use crate::parts::Split;
 use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
 use crate::tls::Transport;
@@ -147,13 +148,15 @@ impl Outgoing {
         let question = Question {
             extended: reply.style == Style::Extended,
             cookie: reply.cookie,
-            offset: reply.offset,
+            offset: reply.part.map_or(reply.offset, |part| part.offset),
         };
+        let is_last = reply.part.is_none_or(|part| part.last);
         let (chunks, cookie) = (reply.style.chunks(), reply.cookie);
         match reply.result {
             Err(failure) => self.error(question, chunks, &failure, scratch),
             Ok(Body::Data { vector, holes }) if chunks && !vector.is_empty() => {
-                self.chunks(question, &vector, &holes, reply.whole, scratch);
+                assert!(!reply.whole || holes.is_empty(), "DF has no holes");
+                self.chunks(question, reply.offset, &vector, &holes, is_last, scratch);
             }
             Ok(Body::Data { vector, .. }) if !chunks => {
                 self.head(|out| wire::simple_reply(out, 0, cookie), scratch);
@@ -167,6 +170,7 @@ impl Outgoing {
                     self.bytes(out);
                 }
             }
+            Ok(_) if !is_last => {}
             Ok(_) if chunks => self.head(|out| question.none(out), scratch),
             Ok(_) => self.head(|out| wire::simple_reply(out, 0, cookie), scratch),
         }
@@ -195,19 +199,16 @@ impl Outgoing {
         }
     }
 
-    /// A read in chunks: data and holes in order, the last chunk marked so.
+    /// A read from `offset` (or the last part of one) in chunks: data and holes in order, the last chunk marked so.
     fn chunks(
         &mut self,
         question: Question,
+        offset: u64,
         vector: &Vector,
         holes: &[(usize, usize)],
-        whole: bool,
+        is_last: bool,
         scratch: &mut Vec<u8>,
     ) {
-        assert!(
-            !whole || holes.is_empty(),
-            "holes are filled in where DF is set"
-        );
         let end = vector.len();
         let mut position = 0;
         let mut holes = holes.iter().peekable();
@@ -217,8 +218,8 @@ impl Outgoing {
                 Some((start, _)) => (false, *start),
                 None => (false, end),
             };
-            let flags = done_if(until == end);
-            let at = question.offset + position as u64;
+            let flags = done_if(is_last && until == end);
+            let at = offset + position as u64;
             let length = (until - position) as u32;
             if is_hole {
                 self.head(|out| question.hole(out, flags, at, length), scratch);
@@ -321,7 +322,9 @@ pub struct Connection {
     /// Bytes of input to throw away before anything is parsed.
     pub skip: u64,
     pub payload: Option<Payload>,
-    /// A request that waits for memory.
+    /// A request that is carried out in parts: nothing else is begun until the last of them has been.
+    pub split: Option<Split>,
+    /// A request, or part of one, that waits for memory.
     pub ticket: Option<(Header, Ticket)>,
     /// A request that waits for a drained section to end.
     pub parked: Option<(Header, Vector, Option<Vec<u32>>)>,
@@ -352,6 +355,24 @@ impl Connection {
     /// Whether everything has left.
     pub fn is_silent(&self) -> bool {
         self.outgoing.is_empty() && !self.transport.has_output()
+    }
+
+    /// Queue a reply. After a part's, the next part may begin; after one that failed nobody wants the others.
+    pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
+        let (is_part, has_failed) = (reply.part.is_some(), reply.result.is_err());
+        self.outgoing.reply(reply, scratch);
+        if let Some(split) = &mut self.split
+            && is_part
+            && (!split.ended() || has_failed)
+        {
+            self.skip += split.unread();
+            self.split = None;
+        }
+    }
+
+    /// Whether parsing waits for a reply: that of a part.
+    pub fn awaits_part(&self) -> bool {
+        self.split.as_ref().is_some_and(Split::is_running)
     }
 
     /// Forget a write whose payload will never be whole: it was not accepted.

@@ -12,6 +12,7 @@ mod fault;
 mod file;
 mod handshake;
 mod meter;
+mod parts;
 mod points;
 mod pool;
 #[cfg(test)]

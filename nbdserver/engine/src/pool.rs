@@ -46,6 +46,13 @@ pub const BLOCK: usize = 2 << 20;
 /// One byte in this many is in the reserve, which only bounce buffers may use.
 const RESERVE: usize = 8;
 
+/// A request that is cut because of the pool's size is cut into parts of this part of the pool, so
+/// that it leaves room for others.
+const PARTS: usize = 4;
+
+/// Registered memory of less than this is not worth cutting long requests for, which takes time.
+const WORTH_PARTS: usize = 1 << 20;
+
 /// Ordinary memory that clients may take up, with requests that the pool cannot hold or payloads
 /// that they do not go on sending: two of the longest requests.
 pub const ORDINARY_MAX: usize = 64 << 20;
@@ -148,6 +155,21 @@ impl Pool {
     /// Bytes from the begin of the region that are registered.
     pub fn registered(&self) -> usize {
         self.registered.load(Relaxed)
+    }
+
+    /// The longest request whose memory can be had at once: longer ones are carried out in parts, if
+    /// they may be. Where only some of the pool is registered that is what counts, unless it is too
+    /// little to be worth it.
+    pub fn whole_max(&self) -> usize {
+        match self.registered() {
+            bytes if bytes >= WORTH_PARTS => bytes.min(self.capacity()),
+            _ => self.capacity(),
+        }
+    }
+
+    /// How long parts are: a power of two, so that they are aligned as the whole is.
+    pub fn part_length(&self) -> usize {
+        1 << (self.whole_max() / PARTS).ilog2()
     }
 
     /// Memory of `length` bytes in all. None when it does not fit now, when only the reserve is

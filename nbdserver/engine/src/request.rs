@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::export::{Export, Running};
+use crate::parts::Part;
 use crate::vector::Vector;
 use crate::wire::{self, Header, Style, command, flag};
 use crate::worker::{Inbox, Message};
@@ -28,6 +29,8 @@ pub struct Request {
     pub named: Option<Vec<u32>>,
     /// Ranges of a read that are known to be zeroes, as (start, length); their memory is not filled.
     pub holes: Vec<(usize, usize)>,
+    /// None: it is all of what the client asked for.
+    pub part: Option<Part>,
     /// Meters charged so far, of those on its way.
     pub charged: u32,
     /// Drained sections wait for it to be dropped.
@@ -80,6 +83,7 @@ pub struct Reply {
     pub style: Style,
     /// Whether the answer must be one chunk (the DF flag).
     pub whole: bool,
+    pub part: Option<Part>,
     /// Bytes of memory the request held.
     pub weight: usize,
     pub result: Result<Body, Failure>,
@@ -106,6 +110,7 @@ impl Request {
             offset: self.header.offset,
             style: self.session.style,
             whole: self.header.flags & flag::DF != 0,
+            part: self.part,
             weight: self.vector.len(),
             result: result.map_err(|failure| failure.of(&self.header)),
         }

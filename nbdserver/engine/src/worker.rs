@@ -16,6 +16,8 @@ use crate::engine::Engine;
 use crate::export::{Place, count};
 use crate::extents::FileId;
 use crate::handshake::{Action, Event, Said};
+use crate::parts::{Split, takes_parts};
+use crate::pool::Ticket;
 use crate::request::{Body, Failure, Reply, Request, Session};
 use crate::ring::Ring;
 use crate::tls::{Progress, Transport};
@@ -311,6 +313,7 @@ impl Worker {
             input: Vec::new(),
             skip: 0,
             payload: None,
+            split: None,
             ticket: None,
             parked: None,
             stalled: false,
@@ -497,9 +500,13 @@ impl Worker {
             }
             let consumed = match &connection.phase {
                 _ if connection.stalled || connection.closing => None,
+                _ if connection.payload.is_some() => None,
                 Phase::Deciding | Phase::StartTls(_) | Phase::Tls => None,
                 Phase::Flags => self.parse_flags(connection, rest),
                 Phase::Options => self.parse_option(connection, rest)?,
+                Phase::Transmission(..) if connection.split.is_some() => {
+                    self.parse_part(connection, rest)
+                }
                 Phase::Transmission(session, export) => {
                     let (session, export) = (session.clone(), export.clone());
                     self.parse_request(connection, &session, &export, rest)?
@@ -639,21 +646,15 @@ impl Worker {
             connection.stalled = true;
             return Ok(None);
         }
-        let mut header = match connection.ticket.take() {
-            Some((header, ticket)) => {
-                let Some(slots) = self.engine.pool.claim(&ticket) else {
-                    connection.ticket = Some((header, ticket));
-                    self.stall(connection);
-                    return Ok(None);
-                };
-                let vector = Vector::new(slots);
-                let taken = self.take_request(connection, header, vector, None, &data[size..]);
-                return Ok(Some(size + taken));
-            }
-            None => wire::parse_request(data, session.style)
-                .map_err(|_| ())?
-                .expect("a whole request"),
-        };
+        if let Some((header, ticket)) = connection.ticket.take() {
+            let vector = self.claim(connection, header, ticket);
+            return Ok(vector.map(|vector| {
+                size + self.take_request(connection, header, vector, None, &data[size..])
+            }));
+        }
+        let mut header = wire::parse_request(data, session.style)
+            .map_err(|_| ())?
+            .expect("a whole request");
         let mut named = None;
         if wire::names_contexts(&header) {
             let Some(payload) = data.get(size..size + header.payload as usize) else {
@@ -699,20 +700,63 @@ impl Worker {
             let taken = self.take_request(connection, header, Vector::default(), named, &[]);
             return Ok(Some(size + taken));
         }
-        let Some(slots) = self.engine.pool.allocate(memory) else {
-            let inbox = self.inbox.clone();
-            let waker = Arc::new(move || inbox.wake());
-            connection.ticket = Some((header, self.engine.pool.enqueue(memory, waker)));
-            self.engine
-                .inboxes
-                .iter()
-                .for_each(|inbox| inbox.send(Message::Short));
+        let pool = &self.engine.pool;
+        if memory > pool.whole_max() && takes_parts(&header, session.style) {
+            connection.split = Some(Split::new(header, pool.part_length()));
+            return Ok(Some(size));
+        }
+        let vector = self.allocate(connection, header);
+        Ok(vector.map(|vector| {
+            size + self.take_request(connection, header, vector, None, &data[size..])
+        }))
+    }
+
+    /// Go on with a request that is carried out in parts; `data` is payload, if there is any.
+    fn parse_part(&mut self, connection: &mut Connection, data: &[u8]) -> Option<usize> {
+        let split = connection.split.as_ref()?;
+        if split.is_running() || !self.has_room(connection) {
+            connection.stalled = true;
+            return None;
+        }
+        let header = split.next();
+        let vector = match connection.ticket.take() {
+            Some((_, ticket)) => self.claim(connection, header, ticket),
+            None => self.allocate(connection, header),
+        }?;
+        connection.split.as_mut()?.begin();
+        Some(self.take_request(connection, header, vector, None, data))
+    }
+
+    /// Memory for a request; None: it waits for it, with a ticket.
+    fn allocate(&mut self, connection: &mut Connection, header: Header) -> Option<Vector> {
+        let memory = header.length as usize;
+        if let Some(slots) = self.engine.pool.allocate(memory) {
+            return Some(Vector::new(slots));
+        }
+        let inbox = self.inbox.clone();
+        let waker = Arc::new(move || inbox.wake());
+        connection.ticket = Some((header, self.engine.pool.enqueue(memory, waker)));
+        self.engine
+            .inboxes
+            .iter()
+            .for_each(|inbox| inbox.send(Message::Short));
+        self.stall(connection);
+        None
+    }
+
+    /// The memory that a request has been waiting for; None: it still is.
+    fn claim(
+        &mut self,
+        connection: &mut Connection,
+        header: Header,
+        ticket: Ticket,
+    ) -> Option<Vector> {
+        let slots = self.engine.pool.claim(&ticket);
+        if slots.is_none() {
+            connection.ticket = Some((header, ticket));
             self.stall(connection);
-            return Ok(None);
-        };
-        let vector = Vector::new(slots);
-        let taken = self.take_request(connection, header, vector, None, &data[size..]);
-        Ok(Some(size + taken))
+        }
+        slots.map(Vector::new)
     }
 
     /// A request that has its memory: take what `data` has of its payload, and begin it when it is whole. Returns how
@@ -760,13 +804,14 @@ impl Worker {
             offset: header.offset,
             style: session.style,
             whole: false,
+            part: None,
             weight: 0,
             result: Err(Failure {
                 errno: error as i32,
                 message: why.to_owned(),
             }),
         };
-        connection.outgoing.reply(reply, &mut self.head);
+        connection.reply(reply, &mut self.head);
     }
 
     /// Whether another request may begin.
@@ -814,6 +859,7 @@ impl Worker {
             session: session.clone(),
             named,
             holes: Vec::new(),
+            part: connection.split.as_ref().map(Split::part),
             charged: 0,
             _running: running,
         };
@@ -823,15 +869,14 @@ impl Worker {
                 errno: errno as i32,
                 message: why.to_owned(),
             };
-            connection
-                .outgoing
-                .reply(request.reply(Err(failure)), &mut self.head);
+            connection.reply(request.reply(Err(failure)), &mut self.head);
             return;
         }
         count_request(&request);
-        connection.client.began(&request.header);
+        let is_first = request.part.is_none_or(|part| part.first);
+        connection.client.began(&request.header, is_first);
         if let Began::Answered(reply) = self.start(request) {
-            connection.outgoing.reply(reply, &mut self.head);
+            connection.reply(reply, &mut self.head);
         }
     }
 
@@ -1039,7 +1084,7 @@ impl Worker {
 
     fn answer(&mut self, reply: Reply) {
         if let Some(mut connection) = self.take_out(reply.connection) {
-            connection.outgoing.reply(reply, &mut self.head);
+            connection.reply(reply, &mut self.head);
             self.put_back(connection);
         }
     }
@@ -1091,7 +1136,10 @@ impl Worker {
     /// False or Err: the connection is over.
     fn tidy_one(&mut self, connection: &mut Connection) -> Result<bool, ()> {
         let waits_for_room = |connection: &Connection| {
-            connection.stalled && connection.ticket.is_none() && connection.parked.is_none()
+            connection.stalled
+                && connection.ticket.is_none()
+                && connection.parked.is_none()
+                && !connection.awaits_part()
         };
         loop {
             let Connection {
@@ -1238,6 +1286,7 @@ fn count_request(request: &Request) {
         command::WRITE => (&counters.writes, &counters.bytes_written),
         _ => return,
     };
-    count(requests, 1);
+    let is_first = request.part.is_none_or(|part| part.first);
+    count(requests, u64::from(is_first));
     count(bytes, request.header.length);
 }
