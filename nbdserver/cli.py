@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import json
 import os
-import queue
 import re
 import shlex
 import signal
@@ -30,6 +29,7 @@ from nbdserver.contexts import Contexts
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
 from nbdserver.errors import ConfigError, NbdserverError
+from nbdserver.events import Events
 from nbdserver.extent import AIOS, CACHES
 from nbdserver.files import FileOpener
 from nbdserver.graph import Graph
@@ -540,7 +540,7 @@ class _Serving:
                 click.echo(address)
         click.echo("ready")
 
-    def _wait(self, service: Service, events: queue.SimpleQueue[str]) -> None:
+    def _wait(self, service: Service, events: Events) -> None:
         """Return when a signal, a client of the control socket, or the server itself says that it is over."""
 
         def wait() -> None:
@@ -566,11 +566,10 @@ class _Serving:
 
 
 @contextlib.contextmanager
-def _signals(is_reloaded: bool) -> Iterator[queue.SimpleQueue[str]]:
+def _signals(is_reloaded: bool) -> Iterator[Events]:
     """Signals as a queue of "stop", "stats" and, ``is_reloaded``, "reload". A second one to stop ends the process there
     and then."""
-    # A signal handler may interrupt anything, also a put on the same queue: SimpleQueue is made for that.
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    events = Events()
     stopping = False
 
     def stop(number: int, frame: object) -> None:
@@ -587,7 +586,8 @@ def _signals(is_reloaded: bool) -> Iterator[queue.SimpleQueue[str]]:
     chosen = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
     try:
-        yield events
+        with events:
+            yield events
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
