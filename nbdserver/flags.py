@@ -46,6 +46,8 @@ def demanded(layer: Layer, request: Request) -> Flag:
     """The flags of ``request``, arriving at ``layer``, that only the layer's own code can honour, wherever its bytes
     live. Raises RequestError (EINVAL) if it has not all of them.
     """
+    if not request.asked_flags:
+        return Flag.NONE
     implied = Flag.ZERO_WRITE if request.operation is Operation.ZERO else Flag.NONE
     demands = without(request.asked_flags, PERMISSIONS | EMULATED | implied)
     lacking = without(demands, supported(layer, request.operation))
@@ -61,12 +63,19 @@ def passed(layer: Layer, request: Request) -> Request:
     if it cannot zero without a fallback.
     """
     asked = request.asked_flags
+    if not asked:
+        return request
     kept = asked & supported(layer, request.operation)
     if request.operation is not Operation.ZERO:
         kept &= ~Flag.NO_FALLBACK
     elif Flag.NO_FALLBACK in asked & ~kept:
         raise RequestError(errno.ENOTSUP, f"{layer.type} has no fast way to zero")
     return request if kept == asked else request.with_flags(kept)
+
+
+def is_fua(request: Request) -> bool:
+    """Whether what the request writes is to be durable when it is done."""
+    return bool(request.asked_flags) and request.operation is not Operation.READ and Flag.FUA in request.asked_flags
 
 
 def has_fallback(request: Request) -> bool:

@@ -16,12 +16,13 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nbdserver import blocks, flags
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import (
     CODE,
+    NO_LIMITS,
     ZERO,
     BlockLimits,
     DirtyLog,
@@ -161,25 +162,29 @@ def execute(layer: Layer, request: Request) -> None:
         )
     if request.operation is not Operation.READ and layer.read_only:
         raise RequestError(errno.EPERM, f"{layer.type} is read-only")
-    # What only its own code can honour, that code is called for, wherever the bytes live.
     demands = flags.demanded(layer, request)
-    is_durable = Flag.FUA in layer.supported_write_flags
-    intent = INTENTS[request.operation]
+    is_fua = flags.is_fua(request)
+    by_others = False  # whether any of it is done otherwise than by the layer's own code
     done = 0
     while done < request.length:
         seen = layer.changes
         at, left = request.offset + done, request.length - done
-        by_code = (Leaf(left, CODE, at, False, layer, logs=tuple((log, at) for log, _ in _own_log(layer))),)
-        for leaf in by_code if demands else flatten(layer, at, left, intent, transforms=False):
+        leaves = flatten(layer, at, left, INTENTS[request.operation], transforms=False)
+        for leaf in _by_code(layer, at, left) if demands else leaves:
             part = request.slice(done, min(leaf.length, request.length - done))
             if not _run(layer, leaf, part, seen):
                 break
-            is_durable = is_durable and leaf.layer is layer
+            by_others = by_others or leaf.layer is not layer
             done += part.length
             if done == request.length:
                 break
-    if Flag.FUA in request.asked_flags and request.operation is not Operation.READ and not is_durable:
+    if is_fua and (by_others or Flag.FUA not in layer.supported_write_flags):
         finish(layer.flush())
+
+
+def _by_code(layer: Layer, offset: int, length: int) -> Iterator[Leaf]:
+    """The range as CODE, wherever it lives: for what only the layer's own code can honour."""
+    yield Leaf(length, CODE, offset, False, layer, logs=tuple((log, offset) for log, _ in _own_log(layer)))
 
 
 def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
@@ -214,7 +219,8 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
             layer.buffer_counters.passed(part.vector)
         assert leaf.writable or operation is not Operation.WRITE, "resolve(WRITE) answered a place that is not writable"
         with _marked(leaf, part):
-            for piece in blocks.parts(part.moved(leaf.offset), file.limits):
+            moved = part.moved(leaf.offset)
+            for piece in (moved,) if file.limits is NO_LIMITS else blocks.parts(moved, file.limits):
                 _run_on_file(file, piece)
     return True
 
@@ -233,8 +239,16 @@ def _run_on_file(file: OpenFile, request: Request) -> None:
             file.discard(request.offset, request.length)
 
 
+_UNMARKED: Final = contextlib.nullcontext()
+
+
+def _marked(leaf: Leaf, part: Request) -> contextlib.AbstractContextManager[None]:
+    """See `_marking`."""
+    return _marking(leaf, part) if leaf.logs else _UNMARKED
+
+
 @contextlib.contextmanager
-def _marked(leaf: Leaf, part: Request) -> Iterator[None]:
+def _marking(leaf: Leaf, part: Request) -> Iterator[None]:
     """Mark a leaf's part in the dirty logs when the block has ended, however it has: it may have been done in part.
 
     What leaves the content as it is (a copy on read) is no change.

@@ -256,7 +256,9 @@ class Request:
 
     def moved(self, offset: int) -> Request:
         """The same request at another offset (of another layer)."""
-        return replace(self, offset=offset)
+        if offset == self.offset:
+            return self
+        return Request(self.operation, offset, self.length, self.vector, self.asked_flags)
 
     def with_vector(self, vector: Vector) -> Request:
         """The same request with other memory of the same length."""
