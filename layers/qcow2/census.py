@@ -128,7 +128,7 @@ class Census:
             table = entry & OFFSET_MASK
             if table % self._subject.cluster_size:
                 self._findings.corrupt(f"{place.what}, entry {index} names {table:#x}: not aligned to clusters", times)
-                misplaced += 1
+                misplaced += self._subject.cluster_size
                 if misplaced > CHECKED_MISPLACED_MAX:
                     continue
             if is_active and table:

@@ -82,9 +82,9 @@ CHECKED_COUNT_MAX: Final = (1 << 31) - 1
 #: Refcount blocks that a check keeps for looking up single refcounts.
 CHECKED_BLOCKS_COUNT: Final = 64
 
-#: L2 tables of one L1 table that are not aligned to clusters, and are looked into all the same: as many as there can be
-#: by accident. They may overlap, so that in all they can be thousands of times as long as the file.
-CHECKED_MISPLACED_MAX: Final = 64
+#: How much of L2 tables that are not aligned to clusters is looked into, for each L1 table: as much as there can be by
+#: accident. They may overlap, so that in all they can be thousands of times as long as the file.
+CHECKED_MISPLACED_MAX: Final = 64 * MIB
 
 #: Findings of a check that are told in words. Nobody reads more.
 FINDINGS_COUNT_MAX: Final = 1000

@@ -1,7 +1,9 @@
 """Which clusters hold metadata: the overlap check, against images whose refcounts or mappings lie.
 
 What is known without reading the whole image: header, L1 table, L2 tables that it names, refcount table and blocks,
-snapshot table and the snapshots' L1 tables (as QEMU's ``overlap-check=cached``).
+snapshot table and the snapshots' L1 tables, bitmaps and their directory (QEMU's ``overlap-check=cached``, and more; not
+L2 tables that only snapshots have). No cluster that is in here is ever taken for anything else; what is taken for
+metadata is put in. So each table is written to its own clusters and to no others, and a write need not look.
 """
 
 from __future__ import annotations

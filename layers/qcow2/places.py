@@ -48,7 +48,7 @@ def snapshots(subject: Subject, findings: Findings) -> tuple[Place, list[Place]]
             findings.corrupt(f"{what}: L1 table at {fields.l1_table_offset:#x}, which is not aligned to clusters")
         elif fields.l1_size > L1_TABLE_MAX // 8:
             findings.corrupt(f"{what}: L1 table of {fields.l1_size} entries, allowed are {L1_TABLE_MAX // 8}")
-        elif fields.l1_table_offset > DISK_MAX:
+        elif fields.l1_size and fields.l1_table_offset > DISK_MAX:
             findings.corrupt(f"{what}: L1 table at {fields.l1_table_offset:#x}, where nothing can be")
             raise Unchecked
         elif fields.l1_size:

@@ -32,7 +32,9 @@ def make(path: Path, size: int, **options: Any) -> Path:
 
 
 def make_as_qemu(path: Path, size: int, **options: Any) -> Path:
-    arguments = ",".join(f"{key}={'on' if value is True else value}" for key, value in options.items())
+    words = {True: "on", False: "off"}
+    pairs = ((key, words[value] if isinstance(value, bool) else value) for key, value in options.items())
+    arguments = ",".join(f"{key}={value}" for key, value in pairs)
     run("qemu-img", "create", "-q", "-f", "qcow2", *(("-o", arguments) if arguments else ()), path, str(size))
     return path
 
@@ -139,6 +141,24 @@ def test_a_backing_file(tmp_path: Path) -> None:
         theirs = make_as_qemu(tmp_path / "theirs", MIB, **names, **options)
         assert ours.read_bytes()[:4096] == theirs.read_bytes()[:4096]
         assert content(ours) == b"b" * MIB
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_external_data_file(raw: bool, tmp_path: Path) -> None:
+    """The file itself is made by who asks for it."""
+    for number, options in enumerate(({}, {"preallocation": "metadata"}, {"cluster_size": 4096, "extended_l2": False})):
+        data = tmp_path / f"data{number}"
+        run("qemu-img", "create", "-q", "-f", "raw", data, str(MIB))
+        names = {"data_file": str(data), "data_file_raw": raw}
+        ours = make(tmp_path / "ours", MIB, **names, **options)
+        theirs = make_as_qemu(tmp_path / "theirs", MIB, **names, **options)
+        assert ours.read_bytes()[:4096] == theirs.read_bytes()[:4096]
+        assert info(ours) == info(theirs)
+        check(ours)
+        qemu_io(ours, "write -P 7 0 64k", "write -P 8 512k 512", "read -P 7 0 64k")
+        check(ours)
+        assert content(ours) == data.read_bytes()
+        ours.unlink()
 
 
 def test_a_block_device_must_be_large_enough(tmp_path: Path) -> None:
