@@ -32,6 +32,7 @@ from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.events import Events
 from nbdserver.extent import AIOS, CACHES
 from nbdserver.files import FileOpener
+from nbdserver.format import snapshot_named
 from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
 from nbdserver.image.cli import image
@@ -155,6 +156,13 @@ main.add_command(image)
     "--allocation-depth", "-A", is_flag=True, help="Offer the meta context qemu:allocation-depth of the images."
 )
 @click.option(
+    "--snapshot",
+    metavar="SNAPSHOT",
+    callback=lambda context, parameter, value: value and snapshot_named(value),
+    help="Serve this internal snapshot of the images instead, read-only: an id or a name, also as snapshot.id=ID or "
+    "snapshot.name=NAME.",
+)
+@click.option(
     "--root",
     "roots",
     multiple=True,
@@ -232,6 +240,7 @@ def serve(
     detect_zeroes: str | None,
     bitmaps: tuple[str, ...],
     allocation_depth: bool,
+    snapshot: str | None,
     roots: tuple[str, ...],
     backend: str | None,
     workers: int | None,
@@ -260,6 +269,7 @@ def serve(
     Examples:
       nbdserver serve vm.qcow2
       nbdserver serve --cache none --discard ignore --format raw disk.img
+      nbdserver serve --snapshot before-update vm.qcow2
       nbdserver serve --format raw --listen 'nbd+unix:///?socket=/run/nbd.sock' /dev/vg0/disk
       nbdserver serve exports.toml
     """
@@ -274,7 +284,7 @@ def serve(
         "discard": discard,
         "detect_zeroes": detect_zeroes,
     }
-    of_image |= {"bitmaps": bitmaps or None, "allocation_depth": allocation_depth or None}
+    of_image |= {"bitmaps": bitmaps or None, "allocation_depth": allocation_depth or None, "snapshot": snapshot}
 
     def configure() -> Config:
         wanted = _configured(sources, of_image, read_only or None)

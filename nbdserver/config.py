@@ -97,7 +97,7 @@ EXPORT_TLS: Final = ("default", "required")
 TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
 EXPORT_KEYS: Final = (
     *("image", "format", "layers", "read_only", "description", "default", "tls", "template"),
-    *("cache", "aio", "discard", "detect_zeroes", "bitmaps", "allocation_depth"),
+    *("cache", "aio", "discard", "detect_zeroes", "bitmaps", "allocation_depth", "snapshot"),
 )
 
 #: Keys of an export that go with ``image``, and what they are in ``layers``.
@@ -106,6 +106,7 @@ IMAGE_KEYS: Final = {
     "cache": "a key of the layer file",
     "aio": "a key of the layer file",
     "detect_zeroes": 'a layer, {type = "detect-zeroes"}',
+    "snapshot": 'a key of the layer qcow2, or a layer, {type = "snapshot"}',
 }
 
 #: Keys of the template of a pattern.
@@ -168,8 +169,9 @@ class ExportConfig:
 
     ``read_only`` None: not said. ``default``: also served under the empty name. ``discard``: one of DISCARDS. Of an
     image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes`` (None: as those of the layers of
-    these names are). ``bitmaps``, ``allocation_depth``:
-    meta contexts to offer (`contexts.Contexts`). ``where``: for messages. ``nodes``: what ``layers`` may name.
+    these names are); the ``snapshot`` that is served instead of the disk, by its ID or name, read-only. ``bitmaps``,
+    ``allocation_depth``: meta contexts to offer (`contexts.Contexts`). ``where``: for messages. ``nodes``: what
+    ``layers`` may name.
     """
 
     name: str
@@ -187,6 +189,7 @@ class ExportConfig:
     discard: str = "unmap"
     bitmaps: tuple[str, ...] | Literal[True] = ()
     allocation_depth: bool = False
+    snapshot: str | None = None
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -213,7 +216,10 @@ class ExportConfig:
                 self._check_probed_raw()
                 read_only = True
         mode = FileMode(self.cache or FILE_MODE.cache, self.aio or FILE_MODE.aio)
-        layer = registry.image(self.image, format, mode)
+        keys = {} if self.snapshot is None else {"snapshot": self.snapshot}
+        if self.snapshot is not None and not registry.has_key(registry.layer_type(format), "snapshot"):
+            _refuse(self.where, "snapshot", f"{self.image} is a {format!r} image, which has no internal snapshots")
+        layer = registry.image(self.image, format, mode, keys)
         if self.detect_zeroes not in (None, "off"):
             layer = registry.build("detect-zeroes", {"file": layer, "detect_zeroes": self.detect_zeroes})
         return layer, read_only
@@ -322,6 +328,8 @@ def of_images(paths: Sequence[str], *, format: str | None = None, read_only: boo
                 f"{exports[name].image} and {path} are both called {name}: export them under different names, "
                 "in a configuration file"
             )
+        if how.get("snapshot") is not None:
+            read_only = True
         exports[name] = ExportConfig(name, path, format, read_only=read_only, default=len(paths) == 1, **how)
         _check_string(name, Where(path), "the file's name")
     _check_count(len(exports), EXPORTS_COUNT_MAX, NOWHERE, "images")
@@ -445,12 +453,15 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
                 table.refuse(key, f"goes with image; in layers it is {instead}")
     description = table.text("description") or ""
     _check_string(description, table.where, "its description")
+    snapshot = table.text("snapshot")
+    if snapshot is not None and table.flag("read_only") is False:
+        table.refuse("read_only", "found false, but a snapshot is served read-only")
     return ExportConfig(
         name,
         image if image is None else os.path.join(directory, image),
         format,
         None if layers is None else _as_list(layers, table.where, "layers", "a list of layers"),
-        table.flag("read_only"),
+        table.flag("read_only") if snapshot is None else True,
         description,
         bool(table.flag("default")) and name != "",
         table.choice("tls", EXPORT_TLS, "default") == "required",
@@ -460,6 +471,7 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         discard=table.choice("discard", DISCARDS, "unmap"),
         bitmaps=_bitmaps(table),
         allocation_depth=bool(table.flag("allocation_depth")),
+        snapshot=snapshot,
         where=table.where,
         nodes=nodes,
     )

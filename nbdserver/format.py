@@ -207,6 +207,15 @@ class GrowsPreallocated(Protocol):
         room. Called in a drained section of whoever uses the disk."""
 
 
+def snapshot_named(parameter: str) -> str:
+    """The ID or name that is meant by a snapshot parameter of QEMU's tools: that, or snapshot.id=ID or
+    snapshot.name=NAME."""
+    for prefix in ("snapshot.id=", "snapshot.name="):
+        if parameter.startswith(prefix):
+            return parameter.removeprefix(prefix)
+    return parameter
+
+
 @runtime_checkable
 class HasSnapshots(Protocol):
     """A format with internal snapshots. An id or name finds one by id first, as in QEMU. All but the list raise

@@ -161,6 +161,11 @@ def image(path: str, format: str, mode: FileMode = FILE_MODE, keys: Mapping[str,
     return build(format, {"file": file, **keys})
 
 
+def has_key(cls: type[Layer], key: str) -> bool:
+    """Whether a layer can be told ``key``."""
+    return any(field.name == key for field in dataclasses.fields(cls) if field.init)
+
+
 def convert(value: object, hint: Any) -> object:
     """``value`` as what a field annotated ``hint`` holds. ValueError says what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

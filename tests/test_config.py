@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from layers.detect_zeroes import DetectZeroes
 from layers.file import File
+from layers.qcow2 import Qcow2
 from nbdserver import config
 from nbdserver.config import DETECT_ZEROES, Config, EngineConfig, ExportConfig
 from nbdserver.errors import ConfigError, ImageError
@@ -260,7 +261,7 @@ def test_enormous_integer(load: Load) -> None:
 
 ALLOWED_EXPORT = (
     "Allowed are: image, format, layers, read_only, description, default, tls, template, "
-    "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth"
+    "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth, snapshot"
 )
 
 
@@ -422,6 +423,15 @@ ALLOWED_EXPORT = (
         (
             f'[exports.x]\ndetect_zeroes = "on"\nlayers = [{FILE_LAYER}]',
             '[exports.x]: detect_zeroes: goes with image; in layers it is a layer, {type = "detect-zeroes"}',
+        ),
+        (
+            '[exports.x]\nimage = "x"\nsnapshot = "s"\nread_only = false',
+            "[exports.x]: read_only: found false, but a snapshot is served read-only",
+        ),
+        (
+            f'[exports.x]\nsnapshot = "s"\nlayers = [{FILE_LAYER}]',
+            "[exports.x]: snapshot: goes with image; in layers it is a key of the layer qcow2, or a layer, "
+            '{type = "snapshot"}',
         ),
         (
             '[exports.x]\nimage = "x"\ndiscard = "ignore"\ndetect_zeroes = "unmap"',
@@ -598,6 +608,15 @@ def test_an_image_is_used_as_its_keys_say(load: Load, raw_image: str) -> None:
     file = layer.file.file  # type: ignore[attr-defined]
     assert (file.cache, file.aio) == ("none", "threads")
     assert export.discard == "unmap"
+
+
+def test_a_snapshot_is_served_read_only(load: Load, raw_image: str) -> None:
+    (export,) = load('[exports.x]\nimage = "x"\nformat = "qcow2"\nsnapshot = "before"').exports
+    layer, read_only = export.build()
+    assert isinstance(layer, Qcow2) and layer.snapshot == "before" and read_only and export.read_only
+    (export,) = load(f'[exports.x]\nimage = "{raw_image}"\nformat = "raw"\nsnapshot = "before"').exports
+    with pytest.raises(ConfigError, match=r"\[exports.x\]: snapshot: .* 'raw' image, which has no internal snapshots"):
+        export.build()
 
 
 def test_what_is_not_said_is_as_the_layers_have_it(load: Load, raw_image: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,11 @@ from nbdserver import registry
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FileMode
 from nbdserver.files import FileOpener, Files, make
+from nbdserver.format import snapshot_named
 from nbdserver.graph import Graph
 from nbdserver.image.remote import Remote, is_remote
 from nbdserver.layer import Layer
-from nbdserver.registry import NO_KEYS
+from nbdserver.registry import NO_KEYS, has_key
 
 #: Who opens images here, in errors.
 USER: Final = "this command"
@@ -88,9 +88,7 @@ class Images:
         name = self.format(path, format)
         if not has_key(layer_type(name), "snapshot"):
             raise ImageError(f"has no internal snapshots: it is a {name!r} image", path=path)
-        for prefix in ("snapshot.id=", "snapshot.name="):
-            snapshot = snapshot.removeprefix(prefix)
-        return self.open(path, name, keys={"snapshot": snapshot})
+        return self.open(path, name, keys={"snapshot": snapshot_named(snapshot)})
 
     def file(self, path: str, *, read_only: bool, cache: str = "writeback") -> Layer:
         """Open the file at ``path`` as what it is: an image's bytes. Raises as `open` does."""
@@ -135,11 +133,6 @@ def layer_type(format: str) -> type[Layer]:
     except ImageError as error:
         raise ConfigError(error.message) from error
     return cls
-
-
-def has_key(cls: type[Layer], key: str) -> bool:
-    """Whether a layer can be told ``key``."""
-    return any(field.name == key for field in dataclasses.fields(cls) if field.init)
 
 
 def is_device(path: str) -> bool:

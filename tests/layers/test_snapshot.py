@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import nbd
 import pytest
 
 from layers.file import File
@@ -19,6 +20,7 @@ from nbdserver.extent import Intent, Special
 from nbdserver.files import Files
 from nbdserver.graph import Graph, flatten
 from nbdserver.reference import Reference, open_stack
+from nbdserver.testing import NbdServers
 from tests.serving import SEED, check, create, qemu_io, run
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -133,6 +135,39 @@ def test_no_such_snapshot(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no snapshot 'after'; there are: 'before'"), _both(path, "after"):
         pass
     check(path)
+
+
+@pytest.mark.parametrize("named", ["before", "1", "snapshot.id=1", "snapshot.name=before"])
+def test_on_the_command_line(nbd_server: NbdServers, path: Path, named: str) -> None:
+    """As qemu-nbd's --load-snapshot; and the image may be read by others meanwhile."""
+    server = nbd_server.process("--snapshot", named, path)
+    raw = path.with_name("raw")
+    run("nbdcopy", server.uri(), raw)
+    assert raw.read_bytes() == BEFORE
+    run("qemu-img", "info", path)
+
+
+def test_in_a_configuration_beside_the_live_disk(nbd_server: NbdServers, path: Path) -> None:
+    text = f"""
+        [nodes.disk]
+        layers = [{{type = "qcow2"}}, {{type = "file", path = "{path}"}}]
+        [exports.vm]
+        layers = [{{node = "disk"}}]
+        [exports.vm-before]
+        layers = [{{type = "snapshot", snapshot = "before"}}, {{node = "disk"}}]
+    """
+    file = path.with_name("exports.toml")
+    file.write_text("\n".join(line.strip() for line in text.splitlines()))
+    server = nbd_server.process(file)
+    live, snapshot = nbd.NBD(), nbd.NBD()
+    live.connect_uri(server.uri("vm"))
+    snapshot.connect_uri(server.uri("vm-before"))
+    assert snapshot.is_read_only() and not live.is_read_only()
+    live.pwrite(b"\6" * MIB, 0)
+    assert bytes(snapshot.pread(MIB, 0)) == BEFORE
+    assert bytes(live.pread(MIB, 0)) == b"\6" * MIB
+    live.shutdown()
+    snapshot.shutdown()
 
 
 def test_a_layer_without_snapshots(tmp_path: Path) -> None:
