@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Extent, Intent, Size
-from nbdserver.format import TACIT, Measure, Progress, grow, no_progress, preallocate
+from nbdserver.format import TACIT, Bitmap, Measure, Progress, grow, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DISK_MAX
@@ -59,7 +59,13 @@ class Raw(Layer):
         finish(file.flush())
 
     @classmethod
-    def measure(cls, size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+    def measure(
+        cls,
+        size: int,
+        options: Options,
+        allocated: Iterable[tuple[int, int]],
+        bitmaps: Sequence[Bitmap] | None = None,
+    ) -> Measure:
         """Holes count: they are part of the file's size."""
         return Measure(_whole(size), _whole(size))
 

@@ -146,8 +146,15 @@ class Creates(Protocol):
         options that cannot be had (key: the option), OSError."""
 
     @classmethod
-    def measure(cls, size: int, options: Any, allocated: Iterable[tuple[int, int]]) -> Measure:
-        """How large would the host file be for a disk with ``allocated`` (offset, length) ranges of data, ascending?"""
+    def measure(
+        cls,
+        size: int,
+        options: Any,
+        allocated: Iterable[tuple[int, int]],
+        bitmaps: Sequence[Bitmap] | None = None,
+    ) -> Measure:
+        """How large would the host file be for a disk with ``allocated`` (offset, length) ranges of data, ascending?
+        ``bitmaps``: what might be copied too; None: the source cannot have any."""
 
 
 @runtime_checkable
@@ -167,7 +174,8 @@ class Describes(Protocol):
     """A format that has more to say than its size."""
 
     def info(self) -> dict[str, Any]:
-        """QEMU's ``format-specific`` data (``ImageInfoSpecific``), JSON-able, its keys spelled as QEMU spells them."""
+        """QEMU's ``ImageInfoSpecific``: ``type`` and ``data``, JSON-able, its keys spelled as QEMU spells them, and in
+        the order in which it prints them."""
 
 
 @runtime_checkable

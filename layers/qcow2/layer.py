@@ -129,9 +129,15 @@ class Qcow2(Layer):
         make_image(reach(file), size, options, progress)
 
     @classmethod
-    def measure(cls, size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+    def measure(
+        cls,
+        size: int,
+        options: Options,
+        allocated: Iterable[tuple[int, int]],
+        bitmaps: Sequence[Bitmap] | None = None,
+    ) -> Measure:
         """How large would the file be (see `nbdserver.format.Creates`)?"""
-        return measure(size, options, allocated)
+        return measure(size, options, allocated, bitmaps)
 
     @classmethod
     def check(

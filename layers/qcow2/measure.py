@@ -6,15 +6,19 @@ does without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 
+from layers.ondisk.qcow2 import BITMAP_ENTRY
 from layers.qcow2.create import Options, refcount_clusters
 from layers.qcow2.limits import L1_TABLE_MAX
 from nbdserver.errors import ConfigError
-from nbdserver.format import Measure
+from nbdserver.format import Bitmap, Measure
 
 
-def measure(size: int, options: Options, allocated: Iterable[tuple[int, int]]) -> Measure:
+def measure(
+    size: int, options: Options, allocated: Iterable[tuple[int, int]], bitmaps: Sequence[Bitmap] | None
+) -> Measure:
     """See `nbdserver.format.Creates.measure`.
 
     With a backing file, all of the disk counts as soon as anything is allocated: nobody knows what of it the backing
@@ -37,7 +41,16 @@ def measure(size: int, options: Options, allocated: Iterable[tuple[int, int]]) -
     else:
         used = _touched(allocated, cluster_size)
         used = clusters if used and options.backing_file is not None else used
-    return Measure((full - clusters + used) * cluster_size, full * cluster_size)
+    more = _bitmaps(size, cluster_size, bitmaps) if bitmaps is not None and options.version >= 3 else None
+    return Measure((full - clusters + used) * cluster_size, full * cluster_size, more)
+
+
+def _bitmaps(size: int, cluster_size: int, bitmaps: Sequence[Bitmap]) -> int:
+    """What bitmaps of a disk take up, each of them full, with their tables and their directory."""
+    clusters = [_up(_up(_up(size, bitmap.granularity), 8), cluster_size) for bitmap in bitmaps]
+    tables = sum(_up(count * 8, cluster_size) for count in clusters)
+    directory = sum(_up(BITMAP_ENTRY.size + len(os.fsencode(bitmap.name)), 8) * 8 for bitmap in bitmaps)
+    return (sum(clusters) + tables + _up(directory, cluster_size)) * cluster_size
 
 
 def _touched(ranges: Iterable[tuple[int, int]], cluster_size: int) -> int:

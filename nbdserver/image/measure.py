@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import click
 
+from nbdserver.format import HasBitmaps
 from nbdserver.image import creation, wording
 from nbdserver.image.allocation import chain, joined, runs
 from nbdserver.image.opening import Images
@@ -53,7 +54,8 @@ def command(
     else:
         with Images(roots, force_share=force_share) as images:
             layer = images.open_snapshot(path, format, snapshot)
-            found = creation.creator(target_format).measure(layer.size, chosen, _data(layer))
+            bitmaps = layer.bitmaps() if isinstance(layer, HasBitmaps) else None
+            found = creation.creator(target_format).measure(layer.size, chosen, _data(layer), bitmaps)
     told = {"required": found.required, "fully-allocated": found.fully_allocated}
     if found.bitmaps is not None:
         told["bitmaps"] = found.bitmaps

@@ -10,7 +10,6 @@ from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.format import GrowsPreallocated, HasClusters, Progress, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.image import wording
-from nbdserver.image.growing import grow
 from nbdserver.image.opening import Images
 from nbdserver.image.parameters import (
     file_argument,
@@ -64,7 +63,7 @@ def command(
 ) -> None:
     """Make a disk as large as SIZE, or larger (+SIZE) or smaller (-SIZE) by that much. What is new reads as zeroes."""
     try:
-        number = parse_size(size.lstrip("+-"))
+        number = parse_size(size[1:] if size.startswith(("+", "-")) else size)
     except ValueError as error:
         raise click.BadParameter(f"{size!r} is not {error}", param_hint="SIZE") from error
     with Images(roots) as images:
@@ -102,15 +101,12 @@ def _check(layer: Layer, path: str, size: int, *, shrink: bool, preallocation: s
 def resize(layer: Layer, size: int, preallocation: str = "off", progress: Progress = no_progress) -> None:
     """Resize an open image, durably. Raises RequestError, OSError, ImageError."""
     before = layer.size
-    if isinstance(layer, GrowsPreallocated):
+    if isinstance(layer, GrowsPreallocated) and size > before:
         layer.grow(size, preallocation, progress)
-        return
-    if size < before:
-        layer.resize(size)
     else:
-        grow(layer, size)
-    if preallocation != "off":
-        # A format with clusters would only note that they are zeroes: for it to have them they must be written.
-        written = preallocation == "full" or isinstance(layer, HasClusters)
-        preallocate(reach(layer), before, size - before, written=written, progress=progress)
+        layer.resize(size)
+        if preallocation != "off":
+            # A format with clusters would only note that they are zeroes: for it to have them they must be written.
+            written = preallocation == "full" or isinstance(layer, HasClusters)
+            preallocate(reach(layer), before, size - before, written=written, progress=progress)
     finish(layer.flush())
