@@ -142,7 +142,7 @@ class Image:
     def _check_bounds(self, what: str, start: int, least: int, greatest: int, more: int) -> None:
         offset, bits = start * self.geometry.cluster_size, self.geometry.refcount_bits
         if least == 0:
-            message = f"{what} refers to clusters that count as free; repair the image with qemu-img check: those"
+            message = f"{what} refers to clusters that count as free (repair it with nbdserver image check): those"
             raise self.storage.error(message, offset)
         if greatest + more > self.refcounts.refcount_max:
             raise RequestError(

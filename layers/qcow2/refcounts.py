@@ -152,7 +152,7 @@ class Refcounts:
         least, greatest = self.bounds(start, stop)
         if least == 0 or greatest + times > self.refcount_max:
             raise self._storage.error(
-                "refcounts are wrong; repair the image with qemu-img check: those of the clusters",
+                "refcounts are wrong; repair the image with nbdserver image check: those of the clusters",
                 start * self._geometry.cluster_size,
                 f"{least} to {greatest}",
                 f"1 to {self.refcount_max - times}",
@@ -291,7 +291,7 @@ class Refcounts:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
         if self._occupied.overlaps(start, count):
             raise self._storage.error(
-                "refcounts are wrong: metadata is in clusters that count as free; repair it with qemu-img check",
+                "refcounts are wrong: metadata is in clusters that count as free; repair it with nbdserver image check",
                 start * size,
             )
 

@@ -47,7 +47,7 @@ class Survey:
         if twice is not None:
             names = [name for name, start, count in self._all() if start <= twice < start + count]
             raise self._storage.error(
-                f"{' and '.join(names[:2])} overlap; repair the image with qemu-img check",
+                f"{' and '.join(names[:2])} overlap; repair the image with nbdserver image check",
                 twice * self._storage.cluster_size,
             )
 

@@ -83,6 +83,19 @@ def test_sound_images_are_sound(images: dict[str, Path], name: str) -> None:
     assert not (ours.corruptions or ours.leaks or ours.messages)
 
 
+def test_an_encryption_header_is_in_use(tmp_path: Path) -> None:
+    """It is counted by nobody who does not know of it."""
+    path = tmp_path / "image"
+    secret = ("--object", "secret,id=key,data=password")
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,cluster_size=4096"
+    run("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, path, "1M")
+    opened = ("--image-opts", f"driver=qcow2,encrypt.key-secret=key,file.filename={path}")
+    run("qemu-io", *secret, *opened, "-c", "write 0 64k")
+    theirs = json.loads(run("qemu-img", "check", "--output=json", *secret, *opened))
+    ours = checked(path)
+    assert differences(ours, theirs) == {} and not (ours.corruptions or ours.leaks)
+
+
 # -- broken images, against QEMU ---------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,39 @@ def test_a_crash_of_a_lazy_image_is_mended_when_it_is_opened(cluster: int, snaps
     assert dirty
 
 
+def test_snapshots_of_a_lazy_image_survive_a_crash(tmp_path: Path) -> None:
+    pick = random.Random(f"{SEED} snapshots")
+    initial = create(tmp_path / "image", 64 * KIB, cluster_size=1024, lazy_refcounts="on").read_bytes()
+    file, layer = open_recorded(initial)
+    contents: dict[str, bytes] = {}
+    with open_stack(layer) as disk:
+        drive = Drive(file, disk, bytes(64 * KIB), pick, 1024)
+        for turn in range(60):
+            drive.step(longest=4)
+            if turn % 10 == 5:
+                contents[f"s{turn}"] = bytes(drive.model)
+                began = file.mark("snapshot begins")
+                layer.create_snapshot(f"s{turn}")
+                drive.history.flushed(began, file.mark("snapshot ended"))
+            if turn % 20 == 17:
+                layer.delete_snapshot(f"s{turn - 12}")
+    assert marks(file.data) == 0 and not qcow2_check.check(file.data).errors
+    dirty, seen = 0, set()
+    for position, state in crash_states(initial, file.log, pick, amount(60, 1000)):
+        dirty += marks(state) == DIRTY
+        again, layer = open_recorded(state)
+        with open_stack(layer) as disk:
+            disk.write(0, disk.read(0, 512))
+            assert not drive.history.wrong(position, disk.read(0, disk.size)), position
+            names = [snapshot.name for snapshot in layer.snapshots()]
+        assert not qcow2_check.check(again.data).errors, position
+        for name in names:
+            with open_stack(open_recorded(again.data, snapshot=name)[1], read_only=True) as shown:
+                assert shown.read(0, shown.size) == contents[name], (position, name)
+            seen.add(name)
+    assert dirty and len(seen) >= 3
+
+
 def test_qemu_mends_what_a_crash_of_ours_left(lazy: Path) -> None:
     file, layer = open_recorded(lazy.read_bytes())
     with open_stack(layer) as disk:
