@@ -48,6 +48,10 @@ class File(Layer):
         return self._file
 
     @property
+    def whole(self) -> OpenFile | None:
+        return self._file if self.dirty_log is None else None
+
+    @property
     def size(self) -> int:
         return self.open_file.size
 

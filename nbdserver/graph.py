@@ -166,6 +166,11 @@ def execute(layer: Layer, request: Request) -> None:
     is_fua = flags.is_fua(request)
     by_others = False  # whether any of it is done otherwise than by the layer's own code
     done = 0
+    if request.length and not demands and (file := layer.whole) is not None:
+        leaf = Leaf(request.length, file, request.offset, not file.read_only, None)
+        while not _run(layer, leaf, request, layer.changes):
+            pass
+        done, by_others = request.length, True
     while done < request.length:
         seen = layer.changes
         at, left = request.offset + done, request.length - done
@@ -185,6 +190,12 @@ def execute(layer: Layer, request: Request) -> None:
 def _by_code(layer: Layer, offset: int, length: int) -> Iterator[Leaf]:
     """The range as CODE, wherever it lives: for what only the layer's own code can honour."""
     yield Leaf(length, CODE, offset, False, layer, logs=tuple((log, offset) for log, _ in _own_log(layer)))
+
+
+def execute_leaf(layer: Layer, leaf: Leaf, request: Request) -> None:
+    """`execute`, for a request without flags within what ``layer`` has just been found to call CODE: ``leaf``."""
+    _arrive(layer, request, "enters the range")
+    _run(layer, leaf, request, layer.changes)
 
 
 def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:

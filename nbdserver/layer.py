@@ -259,6 +259,12 @@ class Layer:
         return NO_LIMITS
 
     @property
+    def whole(self) -> OpenFile | None:
+        """The file whose bytes, all of them and in place, are this layer's; None: there is none such. It saves asking
+        `resolve`."""
+        return None
+
+    @property
     def filename(self) -> str | None:
         """The file this layer's bytes are in, if it is one (QEMU's ``bs->filename``): for messages and for
         names relative to it. By default: the ``file`` child's."""

@@ -30,7 +30,7 @@ from nbdserver.contexts import Bitmaps, Contexts
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files, block_limits
-from nbdserver.graph import Graph, Leaf, Use, execute, flatten, walk
+from nbdserver.graph import Graph, Leaf, Use, execute, execute_leaf, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, StartTls, TlsMode, Unavailable
 from nbdserver.jobs import Jobs
 from nbdserver.layer import Layer, finish
@@ -260,13 +260,18 @@ class Export:
                     self.engine_export.fill(fault.sequence, offset, self._extents(offset, length))
                     wanted = fault.again()
                 case "write":
-                    if not fault.mapped and fills < FILLS_COUNT_MAX and self._make_writable(fault, offset, length):
+                    if fault.mapped:
+                        execute(self.root, Request.write(offset, _vector(fault, offset, length)))
+                        wanted = fault.done(length)
+                        continue
+                    leaves = flatten(self.root, offset, length, Intent.WRITE)
+                    first = next(leaves)
+                    if fills < FILLS_COUNT_MAX and self._effects.is_writable(first):
+                        self._make_writable(fault, offset, length, itertools.chain((first,), leaves))
                         fills += 1
                         wanted = fault.again()
                     else:
-                        count = length if fault.mapped else self._unwritable(offset, length)
-                        execute(self.root, Request.write(offset, _vector(fault, offset, count)))
-                        wanted = fault.done(count)
+                        wanted = fault.done(self._write(fault, offset, length, first, leaves))
                 case "read":
                     execute(self.root, Request.read(offset, _vector(fault, offset, length)))
                     wanted = fault.done(length)
@@ -307,11 +312,11 @@ class Export:
                     break
         return leaves
 
-    def _make_writable(self, fault: _engine.Fault, offset: int, length: int) -> bool:
-        """Enter the places at the start of the range that may be written as they are; False if there are none."""
+    def _make_writable(self, fault: _engine.Fault, offset: int, length: int, found: Iterable[Leaf]) -> None:
+        """Enter the places that may be written as they are, from the first on, which is one."""
         leaves: list[EngineLeaf] = []
         covered = ahead = 0
-        for leaf in flatten(self.root, offset, length, Intent.WRITE):
+        for leaf in found:
             if not self._effects.is_writable(leaf):
                 break
             leaves.append(self._effects.leaf(leaf))
@@ -321,18 +326,17 @@ class Export:
                 if ahead > EXTENTS_AHEAD_MAX:
                     break
         self.engine_export.fill(fault.sequence, offset, leaves)
-        return bool(leaves)
 
-    def _unwritable(self, offset: int, length: int) -> int:
-        """How much of the range, from its start, has to go through the layers: up to a place that may be written as it
-        is, but not nothing."""
-        count = 0
-        for leaf in flatten(self.root, offset, length, Intent.WRITE):
-            if count and self._effects.is_writable(leaf):
-                break
-            count += leaf.length
-            if count >= length:
-                return length
+    def _write(self, fault: _engine.Fault, offset: int, length: int, first: Leaf, others: Iterator[Leaf]) -> int:
+        """Write what has to go through the layers, from the start of the range up to a place that may be written as it
+        is, but not nothing; how much that was."""
+        count = min(first.length, length)
+        if count == length and first.target is CODE:
+            execute_leaf(self.root, first, Request.write(offset, _vector(fault, offset, count)))
+            return count
+        while count < length and (leaf := next(others, None)) is not None and not self._effects.is_writable(leaf):
+            count = min(count + leaf.length, length)
+        execute(self.root, Request.write(offset, _vector(fault, offset, count)))
         return count
 
     def status(self, context: str, offset: int, length: int, one: bool) -> list[tuple[int, int]]:

@@ -32,7 +32,12 @@ from layers.qcow2.head import Head
 from layers.qcow2.header import KEPT, Header, check_writable, read_header
 from layers.qcow2.host import DataFile, InImage
 from layers.qcow2.info import describe
-from layers.qcow2.limits import BACKING_NAME_MAX, L2_CACHE_DEFAULT, REFCOUNT_CACHE_DEFAULT
+from layers.qcow2.limits import (
+    ALLOCATION_AHEAD_DEFAULT,
+    BACKING_NAME_MAX,
+    L2_CACHE_DEFAULT,
+    REFCOUNT_CACHE_DEFAULT,
+)
 from layers.qcow2.mapping import Mapping, WritableMapping
 from layers.qcow2.marks import Marks
 from layers.qcow2.measure import measure
@@ -81,6 +86,10 @@ class Qcow2(Layer):
     pass_discard_request: bool = True
     pass_discard_snapshot: bool = True
     pass_discard_other: bool = False
+
+    #: How much is allocated at once around a write where nothing is, in an image without a backing file. What is not
+    #: written yet is a hole in the file, and zeroes. 0: the clusters that are written.
+    allocation_ahead: Size = ALLOCATION_AHEAD_DEFAULT
 
     is_format: ClassVar[bool] = True
     supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
@@ -239,6 +248,7 @@ class Qcow2(Layer):
             clusters=self._clusters,
             discard=Discard(self.pass_discard_request, self.pass_discard_other),
             is_raw=header.is_raw,
+            ahead=0 if self.backing or header.backing_name is not None else self.allocation_ahead,
             changed=self.changed,
             allocate=self.allocate,
             order=order,

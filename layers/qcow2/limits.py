@@ -89,6 +89,11 @@ CHECKED_MISPLACED_MAX: Final = 64 * MIB
 #: Findings of a check that are told in words. Nobody reads more.
 FINDINGS_COUNT_MAX: Final = 1000
 
+#: How much is allocated at once around a write where nothing is, by default: enough that random writes soon find their
+#: places, and holes of the file until then. And how much at most, where writes follow one another.
+ALLOCATION_AHEAD_DEFAULT: Final = 4 * MIB
+ALLOCATION_AHEAD_MAX: Final = 16 * MIB
+
 #: QEMU's QCOW2_MAX_BITMAPS, QCOW2_MAX_BITMAP_DIRECTORY_SIZE, and its bounds on a bitmap's table, its size in bytes,
 #: its granularity and the length of its name.
 BITMAPS_COUNT_MAX: Final = 65535

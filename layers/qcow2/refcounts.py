@@ -250,6 +250,7 @@ class Refcounts:
             if refcount > times:
                 continue
             self._occupied.remove(first, end - first)
+            self._storage.freed(first * self._geometry.cluster_size, (end - first) * self._geometry.cluster_size)
             if first < self._cursor:
                 forgotten = self._free.add(first, min(end, self._cursor) - first)
                 self._cursor = min(forgotten or self._cursor, self._cursor)

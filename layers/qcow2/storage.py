@@ -51,6 +51,8 @@ class Storage:
         self.file, self.cluster_size = file, cluster_size
         #: The file's size, bytes.
         self.size = file.size
+        #: Free clusters from here on have never held anything: they read as zeroes.
+        self._fresh = self.size
         self._growing = threading.Lock()
 
     def error(
@@ -82,20 +84,29 @@ class Storage:
             self.reserve(0, -(-self.size // self.cluster_size) * self.cluster_size if size is None else size)
 
     def reserve(self, offset: int, length: int) -> bool:
-        """Make the file reach to the end of the range; whether it lies behind all that was there, so is zeroes.
+        """Make the file reach to the end of the range, which has just been taken; whether nothing has ever been there,
+        so that it reads as zeroes.
 
         Raises OSError: ENOSPC if the file cannot grow.
         """
+        if offset + length > self.size:
+            with self._growing:
+                if offset + length > self.size:
+                    self._grow(offset + length)
+        return offset >= self._fresh
+
+    def freed(self, offset: int, length: int) -> None:
+        """The range is free, and what was in it may still be there."""
         with self._growing:
-            was = self.size
-            if offset + length > was:
-                try:
-                    self.file.resize(offset + length)
-                except RequestError as error:
-                    number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
-                    raise OSError(number, os.strerror(number), self.file.filename) from error
-                self.size = offset + length
-            return offset >= was
+            self._fresh = max(self._fresh, offset + length)
+
+    def _grow(self, size: int) -> None:
+        try:
+            self.file.resize(size)
+        except RequestError as error:
+            number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
+            raise OSError(number, os.strerror(number), self.file.filename) from error
+        self.size = size
 
     def truncate(self, size: int) -> None:
         """Make the file end at ``size`` if it is longer, and can: nothing behind that is in use."""

@@ -11,6 +11,9 @@ What surrounds the data in its first and last subcluster is copied along with it
 whatever else is stored in it. What fails before the last step leaves nothing behind. When the request returns,
 everybody sees the new clusters, and `order` sees to the file.
 
+In an image without a backing file, more is allocated than is written (`_Ahead`), in clusters of the host file that
+nothing has ever been in: they are zeroes, as what they stand for was. Later writes then find their places.
+
 If an external data file is to be a raw image by itself (``is_raw``), zeroing and trimming are done in there, and never
 by an entry.
 """
@@ -25,7 +28,7 @@ from typing import NamedTuple
 
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.host import DataFile, Host
-from layers.qcow2.limits import ZEROES_INLINE_MAX
+from layers.qcow2.limits import ALLOCATION_AHEAD_MAX, ZEROES_INLINE_MAX
 from layers.qcow2.mapping import WritableMapping
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
@@ -60,6 +63,28 @@ class Discard(NamedTuple):
     other: bool
 
 
+class _Ahead:
+    """How much to allocate at once: ``least`` bytes, and more where writes follow one another."""
+
+    def __init__(self, least: int) -> None:
+        self._least = self._length = least
+        self._end = -1
+
+    def around(self, start: int, end: int, table_span: int, disk_end: int) -> tuple[int, int]:
+        """The bytes [first, stop) to allocate for [start, end), whole clusters: within one L2 table, and the disk. For
+        what is in several tables, or longer than that, no more than it needs."""
+        table = start // table_span * table_span
+        limit = min(table + table_span, disk_end)
+        first = max(start // self._least * self._least, table) if self._least else start
+        length = min(2 * self._length, max(ALLOCATION_AHEAD_MAX, self._least)) if first == self._end else self._least
+        stop = min(first + length, limit)
+        return (first, stop) if end <= stop else (start, end)
+
+    def took(self, first: int, stop: int) -> None:
+        """[first, stop) has been allocated."""
+        self._length, self._end = stop - first, stop
+
+
 class Writer:
     """What changes an image. ``changed(offset, length)`` announces a change of the mapping, ``allocate(length)``
     gives memory.
@@ -78,6 +103,7 @@ class Writer:
         clusters: RangeLock,
         discard: Discard,
         is_raw: bool,
+        ahead: int,
         changed: Callable[[int, int], None],
         allocate: Callable[[int], Vector],
         order: Order,
@@ -90,6 +116,7 @@ class Writer:
         self.is_raw = is_raw
         self._data_file = host if isinstance(host, DataFile) else None
         self._order = order
+        self._ahead = _Ahead(ahead // self._geometry.cluster_size * self._geometry.cluster_size)
         #: Whether nothing may be overwritten in place, whatever the image says: a snapshot is being made.
         self.frozen = False
         #: Whether the image has turned out to be corrupt, so that nothing is written any more.
@@ -138,8 +165,39 @@ class Writer:
     def write(self, request: Request) -> None:
         """Write any range."""
         self._relieve()
-        with self._held(request):
+        start, end = self._geometry.span(request.offset, request.end)
+        first, stop = self._ahead.around(start, end, self._geometry.table_span, self._end)
+        if (first, stop) != (start, end) and self._is_empty(start, end):
+            self._allocate_ahead(first, stop)
+        with self._clusters.exclusive(start, end - start):
             self._write(request)
+
+    def _is_empty(self, start: int, end: int) -> bool:
+        """Whether nothing of whole clusters is allocated."""
+        runs = self._mapping.runs(start, end, ahead=False)
+        return all(run.kind is Kind.UNALLOCATED and run.place is None for run in runs)
+
+    def _allocate_ahead(self, start: int, end: int) -> None:
+        """Allocate the whole clusters [start, end), of one L2 table, as the zeroes that they are: if all of them are
+        empty, nobody is at work on one, and there are clusters in a row that nothing has ever been in."""
+        with self._clusters.attempt(start, end - start) as is_free:
+            if not is_free or not self._is_empty(start, end):
+                return
+            with self._lock:
+                self._order.check()
+                self._mapping.own(start // self._geometry.table_span)
+                place, count = self._host.take(start, self._geometry.clusters(end - start))
+                taken = Piece(start, start + count * self._geometry.cluster_size, place, taken=True)
+                try:
+                    is_zeroed = taken.end == end and self._host.reserve(place, end - start)
+                except OSError:  # no room: perhaps there is for what is written
+                    is_zeroed = False
+                if is_zeroed:
+                    self._mapping.link(start, end, place, discard=self._discard.other)
+                    self._announce(start, end)
+                    self._ahead.took(start, end)
+                else:
+                    self._give_back([taken], 0)
 
     def _write(self, request: Request) -> None:
         """Write a range whose clusters are held."""
@@ -244,7 +302,7 @@ class Writer:
         start, end = max(request.offset, piece.start), min(request.end, piece.end)
         vector, place = request.vector.slice(start - request.offset, end - start), piece.place
         if not piece.in_place:
-            is_zeroed = self._host.reserve(piece.place, piece.end - piece.start)
+            is_zeroed = self._host.reserve(piece.place, piece.end - piece.start) and piece.taken
             before = self._surrounding(runs, piece.start, start, place, is_zeroed)
             place += start - piece.start
             after = self._surrounding(runs, end, piece.end, place + end - start, is_zeroed)

@@ -148,7 +148,7 @@ def test_subclusters_are_zeroed_by_their_bits(tmp_path: Path) -> None:
 
 def test_a_zeroed_subcluster_is_filled_where_it_was(tmp_path: Path) -> None:
     path = _create(tmp_path)
-    with open_stack(_opened(path)) as disk:
+    with open_stack(_opened(path, allocation_ahead=0)) as disk:
         disk.write(0, b"x" * 8 * SUB)
         place = next(iter(disk.root.resolve(0, 1, Intent.WRITE))).offset
         disk.zero(2 * SUB, SUB)
