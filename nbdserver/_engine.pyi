@@ -339,8 +339,9 @@ class Engine:
     def unlisten(self, number: int) -> None:
         """Close that listener. What it has accepted stays."""
 
-    def stop(self, timeout: float) -> None:
-        """Finish what was accepted, for ``timeout`` seconds at most, and end every thread and queue."""
+    def stop(self, timeout: float) -> bool:
+        """Finish what was accepted, for ``timeout`` seconds at most, and end every thread and queue. False if a worker
+        has panicked."""
 
     def take_fault(self) -> Fault | None:
         """Wait for a fault; None when the engine has stopped."""
@@ -353,6 +354,9 @@ class Stop:
 
     def wait_reached(self, timeout: float) -> bool: ...
     def release(self) -> None: ...
+
+def panic_at(name: str) -> Stop:
+    """Have the next thread that reaches the point ``name`` panic."""
 
 def stop_at(name: str) -> Stop:
     """Hold the next thread that reaches the point ``name``."""

@@ -133,6 +133,9 @@ PSK_MAX: Final = 256
 #: Seconds that stopping waits for requests that were accepted.
 STOP_TIMEOUT: Final = 30.0
 
+#: Seconds that threads have to end once nothing is left for them to do.
+THREADS_STOP_TIMEOUT: Final = 2.0
+
 #: Seconds that a drained section waits for running requests.
 DRAIN_TIMEOUT: Final = 60.0
 

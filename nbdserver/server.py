@@ -46,6 +46,7 @@ from nbdserver.limits import (
     STOP_TIMEOUT,
     TEMPLATE_THREADS,
     TEMPLATE_TIMEOUT,
+    THREADS_STOP_TIMEOUT,
     WORKERS_MAX,
 )
 from nbdserver.listening import Listener, bind
@@ -368,6 +369,12 @@ class Export:
                 if isinstance(file, _engine.File):
                     files[file.name] = file.counters()
         return {**self.engine_export.counters(), "layers": layers, "files": files}
+
+
+def _leave(export: Export, timeout: float) -> None:
+    raise TimeoutError(
+        f"requests of export {export.name!r} have not ended within {timeout:g} s; its images are not closed"
+    )
 
 
 def preferred_block(root: Layer) -> int:
@@ -809,7 +816,9 @@ class Server:
     def stop(self, timeout: float | None = STOP_TIMEOUT) -> None:
         """Accept no more, finish what was accepted (for ``timeout`` seconds at most), close everything.
 
-        Idempotent. Raises the first error of closing an image, after all have been closed.
+        Idempotent. Raises the first error of closing an image, after all have been closed. TimeoutError: a layer's code
+        has not come back, and its images are left as they are, because it may be using them. RuntimeError: a worker of
+        the engine's has panicked.
         """
         with self._lock:
             if self._stopping.is_set():
@@ -819,12 +828,13 @@ class Server:
             self.jobs.stop()
         except TimeoutError as error:
             self._log(str(error))
-        self._engine.stop(timeout if timeout is not None else STOP_TIMEOUT)
-        for thread in self._threads:
-            thread.join()
+        timeout = timeout if timeout is not None else STOP_TIMEOUT
+        deadline = time.monotonic() + timeout
+        is_orderly = self._engine.stop(timeout)
+        deadline = max(deadline, time.monotonic() + THREADS_STOP_TIMEOUT)
+        for thread in [*self._threads, *self._enders]:
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._makers.shutdown()
-        for thread in list(self._enders):
-            thread.join()
         for listener in self.listeners:
             listener.close()
         for client in self.clients:
@@ -833,9 +843,14 @@ class Server:
         try:
             with self.changing(), contextlib.ExitStack() as closing:
                 for export in self._offers.take_all():
-                    closing.callback(self.end, export)
+                    if export.engine_export.drain_begin(0):
+                        closing.callback(self.end, export)
+                    else:
+                        closing.callback(_leave, export, timeout)
         finally:
             self._stopped.set()
+        if not is_orderly:
+            raise RuntimeError("a worker of the engine has panicked; what it said is on the standard error output")
 
     def wait(self) -> None:
         """Wait until the server has been stopped by another thread."""

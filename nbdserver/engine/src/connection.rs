@@ -18,6 +18,7 @@ use crate::request::{Body, Failure, Reply, Session};
 use crate::tls::Transport;
 use crate::vector::Vector;
 use crate::wire::{self, Header, Question, Style, chunk};
+use crate::worker::Announced;
 
 /// Slices in one vectored send.
 const SLICES_MAX: usize = 256;
@@ -314,6 +315,7 @@ pub struct Connection {
     pub transport: Transport,
     pub token: u64,
     pub client: Arc<Client>,
+    pub _announced: Announced,
     pub phase: Phase,
     /// When the handshake must be over.
     pub deadline: Instant,

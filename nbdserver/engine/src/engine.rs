@@ -138,8 +138,6 @@ pub struct Engine {
     pub ops: Arc<Operations>,
     /// Bytes of replies that had to leave the pool, over all connections.
     pub spilled: Arc<AtomicUsize>,
-    /// Connections open now.
-    pub connections: AtomicUsize,
     recorder: Option<Arc<Recorder>>,
     sync_rings: Option<Arc<SyncRings>>,
     rings: Mutex<Vec<Ring>>,
@@ -205,7 +203,6 @@ impl Engine {
             unregistered: registered.refused,
             ops,
             spilled: Arc::default(),
-            connections: AtomicUsize::new(0),
             recorder,
             sync_rings,
             rings: Mutex::new(rings),
@@ -224,7 +221,12 @@ impl Engine {
             let worker = Worker::new(self.clone(), index, rings.pop()).map_err(said)?;
             let builder = std::thread::Builder::new().name(format!("nbd-worker-{index}"));
             self.inboxes[index].open();
-            running.push(builder.spawn(move || worker.run()).map_err(said)?);
+            let inbox = Closing(self.inboxes[index].clone());
+            let run = move || {
+                let _inbox = inbox;
+                worker.run();
+            };
+            running.push(builder.spawn(run).map_err(said)?);
         }
         let acceptor = Acceptor::start(self.clone()).map_err(said)?;
         *self.acceptor.lock().unwrap() = Some(acceptor);
@@ -244,9 +246,15 @@ impl Engine {
         }
     }
 
+    /// Connections open now, or on their way to a worker.
+    pub fn connections(&self) -> usize {
+        self.inboxes.iter().map(|inbox| inbox.connections()).sum()
+    }
+
     /// Accept no more, finish the requests that were taken (until `timeout`), close every connection, and end the
-    /// fault and handshake queues, so that the threads that serve them come back.
-    pub fn stop(&self, timeout: Duration) {
+    /// fault and handshake queues, so that the threads that serve them come back. Whether all threads have ended as they
+    /// should: false if one has panicked, now or before.
+    pub fn stop(&self, timeout: Duration) -> bool {
         if let Some(acceptor) = self.acceptor.lock().unwrap().take() {
             acceptor.stop();
         }
@@ -254,15 +262,14 @@ impl Engine {
         for inbox in &self.inboxes {
             inbox.send(Message::Stop(deadline));
         }
+        let mut orderly = true;
         for handle in self.running.lock().unwrap().drain(..) {
-            handle.join().expect("a worker panicked");
-        }
-        for inbox in &self.inboxes {
-            inbox.close();
+            orderly &= handle.join().is_ok();
         }
         self.threads.stop();
-        self.faults.stop();
+        self.faults.stop(deadline);
         self.handshakes.stop();
+        orderly
     }
 
     pub fn new_export(&self, size: u64, read_only: bool, writethrough: bool) -> Arc<Export> {
@@ -318,6 +325,15 @@ impl Engine {
             shard.set(Some(own));
             self.inboxes.len() + own % OTHER_SHARDS
         })
+    }
+}
+
+/// A worker's inbox, while it runs: when it has ended, be it by a panic, nobody is to wait for it.
+struct Closing(Arc<Inbox>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -342,6 +342,7 @@ struct Queue {
 pub struct Faults {
     queue: Mutex<Queue>,
     work: Condvar,
+    emptied: Condvar,
     export_max: usize,
 }
 
@@ -351,6 +352,7 @@ impl Faults {
         Faults {
             queue: Mutex::default(),
             work: Condvar::new(),
+            emptied: Condvar::new(),
             export_max,
         }
     }
@@ -386,6 +388,9 @@ impl Faults {
             if let Some(index) = next {
                 let (engine, request) = queue.waiting.remove(index).expect("the index found");
                 request.export.faulting.fetch_add(1, SeqCst);
+                if queue.waiting.is_empty() {
+                    self.emptied.notify_all();
+                }
                 return Some((engine, request));
             }
             if queue.stopping && queue.waiting.is_empty() {
@@ -401,8 +406,18 @@ impl Faults {
         self.work.notify_one();
     }
 
-    pub fn stop(&self) {
-        self.queue.lock().unwrap().stopping = true;
+    /// No more are coming. Those that wait for a thread are still served, until `deadline`: nobody waits for an answer.
+    pub fn stop(&self, deadline: Instant) {
+        let mut queue = self.queue.lock().unwrap();
+        queue.stopping = true;
+        self.work.notify_all();
+        while !queue.waiting.is_empty() && Instant::now() < deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            queue = self.emptied.wait_timeout(queue, left).unwrap().0;
+        }
+        let waiting = std::mem::take(&mut queue.waiting);
+        drop(queue);
+        drop(waiting);
         self.work.notify_all();
     }
 }

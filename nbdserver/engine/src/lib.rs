@@ -982,7 +982,7 @@ impl Engine {
 
     #[getter]
     fn connections(&self) -> usize {
-        self.engine.connections.load(Relaxed)
+        self.engine.connections()
     }
 
     #[getter]
@@ -1123,10 +1123,9 @@ impl Engine {
         py.detach(|| self.engine.unlisten(number));
     }
 
-    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+    fn stop(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
         let timeout = seconds(timeout)?;
-        py.detach(|| self.engine.stop(timeout));
-        Ok(())
+        Ok(py.detach(|| self.engine.stop(timeout)))
     }
 
     fn take_fault(&self, py: Python<'_>) -> Option<Fault> {
@@ -1179,6 +1178,13 @@ fn stop_at(name: String) -> Stop {
     }
 }
 
+#[pyfunction]
+fn panic_at(name: String) -> Stop {
+    Stop {
+        stop: points::arm_panic(&name),
+    }
+}
+
 #[pymodule]
 fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Engine>()?;
@@ -1196,5 +1202,6 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Slot>()?;
     module.add_class::<Stop>()?;
     module.add_function(wrap_pyfunction!(stop_at, module)?)?;
+    module.add_function(wrap_pyfunction!(panic_at, module)?)?;
     Ok(())
 }

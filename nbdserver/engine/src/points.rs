@@ -36,9 +36,19 @@ pub fn arm(name: &str) -> Stop {
 
 /// Stop the thread whose pass is the `nth` from now on (the first is 1).
 pub fn arm_nth(name: &str, nth: usize) -> Stop {
+    arm_point(name, nth, false)
+}
+
+/// Have the next thread that reaches `name` panic there.
+pub fn arm_panic(name: &str) -> Stop {
+    arm_point(name, 1, true)
+}
+
+fn arm_point(name: &str, nth: usize, panics: bool) -> Stop {
     let state = Mutex::new(State::Waiting(nth.max(1)));
     let point = Arc::new(Point {
         name: name.to_owned(),
+        panics,
         state,
         changed: Condvar::new(),
     });
@@ -84,6 +94,7 @@ impl Drop for Stop {
 
 struct Point {
     name: String,
+    panics: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -101,10 +112,16 @@ enum State {
 }
 
 impl Point {
-    /// Count one pass; if it is the one, stand still until released.
+    /// Count one pass; if it is the one, stand still until released, or panic.
     fn pass(&self) {
         let mut state = lock(&self.state);
         match *state {
+            State::Waiting(1) if self.panics => {
+                *state = State::Left;
+                self.changed.notify_all();
+                drop(state);
+                panic!("a test wants this at {:?}", self.name);
+            }
             State::Waiting(1) => {
                 *state = State::Reached;
                 self.changed.notify_all();

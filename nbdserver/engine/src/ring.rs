@@ -54,6 +54,25 @@ pub struct Ring {
     queued: VecDeque<squeue::Entry>,
     files: RegisteredFiles,
     ops: Arc<Operations>,
+    /// Operations handed to the kernel and not reaped.
+    in_kernel: usize,
+}
+
+impl Drop for Ring {
+    /// What the kernel is still reading and writing (the worker has panicked) must not be given to others.
+    fn drop(&mut self) {
+        while self.in_kernel > 0 {
+            match self
+                .ring
+                .submit_and_wait(1)
+                .map_err(|error| errno_of(&error))
+            {
+                Ok(_) | Err(Errno::INTR | Errno::AGAIN | Errno::BUSY) => {}
+                Err(_) => return std::mem::forget(std::mem::take(&mut self.flights)),
+            }
+            self.in_kernel -= self.ring.completion().count();
+        }
+    }
 }
 
 impl AsFd for Ring {
@@ -79,6 +98,7 @@ impl Ring {
             queued: VecDeque::new(),
             files,
             ops,
+            in_kernel: 0,
         })
     }
 
@@ -174,6 +194,7 @@ impl Ring {
                 break;
             };
             self.ops.count(&entry);
+            self.in_kernel += 1;
             // SAFETY: the memory belongs to the flight that `user_data` names, which lives until the completion has
             // been reaped; so do the file and the place it is in.
             unsafe { queue.push(&entry) }.expect("a submission queue with room");
@@ -202,6 +223,7 @@ impl Ring {
                 .completion()
                 .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
                 .collect();
+            self.in_kernel -= done.len();
             for (data, result) in done {
                 self.completed((data >> 32) as usize, data as u32 as usize, result, replies);
             }

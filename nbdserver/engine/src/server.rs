@@ -12,7 +12,7 @@ use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with, sockopt};
 use rustix::process::{Resource, getrlimit};
 
 use crate::engine::Engine;
-use crate::worker::Message;
+use crate::worker::{Adopted, Message};
 
 /// How long to wait when the process is out of descriptors: the pending connection stays in the backlog.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -128,23 +128,21 @@ fn accept_one(engine: &Engine, listener: &OwnedFd, connections_max: usize) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     match acceptfrom_with(listener, flags) {
         Ok((socket, address)) => {
-            let open: usize = engine.inboxes.iter().map(|inbox| inbox.connections()).sum();
-            if open >= connections_max {
+            if engine.connections() >= connections_max {
                 return; // hung up on, rather than left to wait for nobody knows what
             }
             // Both are for speed; a socket that refuses them works all the same.
             let _ = sockopt::set_tcp_nodelay(&socket, true);
             let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
-            let inbox = engine
-                .inboxes
-                .iter()
-                .min_by_key(|inbox| inbox.connections())
-                .expect("at least one worker");
-            inbox.adopt();
-            inbox.send(Message::Connect {
-                socket,
-                peer: peer(address),
-            });
+            // Where no worker is left the client is hung up on.
+            let inboxes = engine.inboxes.iter().filter(|inbox| inbox.is_open());
+            if let Some(inbox) = inboxes.min_by_key(|inbox| inbox.connections()) {
+                inbox.send(Message::Connect {
+                    socket,
+                    peer: peer(address),
+                    adopted: Adopted::by(inbox),
+                });
+            }
         }
         Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
             std::thread::sleep(EXHAUSTED_PAUSE);

@@ -62,6 +62,7 @@ pub enum Message {
     Connect {
         socket: OwnedFd,
         peer: String,
+        adopted: Adopted,
     },
     Reply(Reply),
     Action(u64, Action),
@@ -155,9 +156,9 @@ impl Inbox {
         self.connections.load(Relaxed)
     }
 
-    /// A connection is on its way.
-    pub fn adopt(&self) {
-        self.connections.fetch_add(1, Relaxed);
+    /// Whether a worker runs that takes what is sent.
+    pub fn is_open(&self) -> bool {
+        self.letters.lock().unwrap().open
     }
 
     fn take(&self) -> Vec<Message> {
@@ -168,6 +169,40 @@ impl Inbox {
         // The counter only wakes: that it was read already is no error.
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         std::mem::take(&mut letters.messages)
+    }
+}
+
+/// A connection that a worker has, or is about to get, counts as its own for as long as this lives.
+pub struct Adopted(Arc<Inbox>);
+
+impl Adopted {
+    pub fn by(inbox: &Arc<Inbox>) -> Adopted {
+        inbox.connections.fetch_add(1, Relaxed);
+        Adopted(inbox.clone())
+    }
+}
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A connection that Python has been told of, and will be told of again when it is closed, however that comes about.
+pub struct Announced {
+    engine: Arc<Engine>,
+    inbox: Arc<Inbox>,
+    token: u64,
+    _adopted: Adopted,
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        self.engine.handshakes.push(Event {
+            connection: self.token,
+            inbox: self.inbox.clone(),
+            said: Said::Closed,
+        });
     }
 }
 
@@ -290,9 +325,8 @@ impl Worker {
 
     // -- connections -----------------------------------------------------------------------------------------
 
-    fn connect(&mut self, socket: OwnedFd, peer: String) {
+    fn connect(&mut self, socket: OwnedFd, peer: String, adopted: Adopted) {
         if self.stopping.is_some() {
-            self.inbox.connections.fetch_sub(1, Relaxed);
             return;
         }
         let place = self.free.pop().unwrap_or_else(|| {
@@ -301,13 +335,26 @@ impl Worker {
         });
         self.used += 1;
         let token = self.used << PLACE_BITS | place as u64;
+        let transport = Transport::new(socket);
+        let (data, nothing) = (EventData::new_u64(token), EventFlags::empty());
+        if epoll::add(&self.epoll, &transport.socket, data, nothing).is_err() {
+            self.free.push(place);
+            return;
+        }
         let client = Client::new(peer, self.inbox.clone(), token);
+        self.tell(token, Said::Open(client.clone()));
         let mut outgoing = Outgoing::default();
         outgoing.bytes(GREETING.to_vec());
         let connection = Connection {
-            transport: Transport::new(socket),
+            transport,
             token,
-            client: client.clone(),
+            client,
+            _announced: Announced {
+                engine: self.engine.clone(),
+                inbox: self.inbox.clone(),
+                token,
+                _adopted: adopted,
+            },
             phase: Phase::Flags,
             deadline: Instant::now() + self.engine.handshake_timeout,
             input: Vec::new(),
@@ -326,22 +373,7 @@ impl Worker {
             dirty: false,
             progress: (0, 0),
         };
-        let data = EventData::new_u64(token);
-        if epoll::add(
-            &self.epoll,
-            &connection.transport.socket,
-            data,
-            EventFlags::empty(),
-        )
-        .is_err()
-        {
-            self.inbox.connections.fetch_sub(1, Relaxed);
-            self.free.push(place);
-            return;
-        }
-        self.engine.connections.fetch_add(1, Relaxed);
         self.open += 1;
-        self.tell(token, Said::Open(client));
         self.put_back(Box::new(connection));
     }
 
@@ -370,9 +402,6 @@ impl Worker {
         self.free
             .push((connection.token & ((1 << PLACE_BITS) - 1)) as usize);
         self.open -= 1;
-        self.engine.connections.fetch_sub(1, Relaxed);
-        self.inbox.connections.fetch_sub(1, Relaxed);
-        self.tell(connection.token, Said::Closed);
     }
 
     fn tell(&self, connection: u64, said: Said) {
@@ -1061,7 +1090,11 @@ impl Worker {
     fn take_messages(&mut self) {
         for message in self.inbox.take() {
             match message {
-                Message::Connect { socket, peer } => self.connect(socket, peer),
+                Message::Connect {
+                    socket,
+                    peer,
+                    adopted,
+                } => self.connect(socket, peer, adopted),
                 Message::Reply(reply) => self.answer(reply),
                 Message::Action(token, action) => self.act(token, action),
                 Message::Forget(file, latch) => {
