@@ -18,27 +18,11 @@ from layers.qcow2 import Qcow2
 from nbdserver.reference import Reference, open_stack
 from tests.layers.qcow2_check import check, read, snapshots
 from tests.layers.qcow2_kit import SECTOR, Drive, Operation, RecordedFile, crash_states, open_recorded
+from tests.oracle.points import Made
 from tests.serving import SEED, amount, create, qemu_io, run
 from tests.serving import check as qemu_check
 
 KIB = 1024
-
-
-@dataclasses.dataclass
-class Made:
-    """A snapshot: what is in it, and when (positions in the log) it was made and deleted."""
-
-    content: bytes
-    began: int
-    ended: int
-    delete_began: int | None = None
-    delete_ended: int | None = None
-
-    def must_be(self, position: int) -> bool:
-        return self.ended <= position and (self.delete_began is None or position <= self.delete_began)
-
-    def may_be(self, position: int) -> bool:
-        return self.began < position and (self.delete_ended is None or position < self.delete_ended)
 
 
 @dataclasses.dataclass
@@ -70,7 +54,7 @@ class PointsDrive(Drive):
         self._names = 0
 
     def point(self) -> None:
-        there = [name for name, made in self.made.items() if made.delete_began is None]
+        there = [name for name, made in self.made.items() if made.is_there]
         choice = self.pick.random()
         if choice < 0.4 and (self.layer.reader.geometry.has_zero or not there):
             self._resize()

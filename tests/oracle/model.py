@@ -77,6 +77,12 @@ class Operation:
     def overlaps(self, other: Operation) -> bool:
         return self.first < other.last and other.first < self.last
 
+    def overlaps_in_time(self, other: Operation) -> bool:
+        return not (
+            (self.completed is not None and self.completed < other.submitted)
+            or (other.completed is not None and other.completed < self.submitted)
+        )
+
     def covers(self, grain: int) -> bool:
         return self.first <= grain < self.last
 
@@ -143,8 +149,7 @@ class Model:
         return operation
 
     def replace(self, content: bytes) -> Operation:
-        """Note that the whole disk is about to become ``content``, at once; `complete` it when it has. (Not with
-        ``crashes``.)"""
+        """Note that the whole disk is about to become ``content``, at once; `complete` it when it has."""
         operation = self.submit(Kind.WRITE, 0, self.size)
         self._replaced[operation.tag] = content
         return operation
@@ -283,6 +288,14 @@ class Model:
         """When the last flush that had completed by ``now`` was submitted."""
         index = bisect.bisect_right(self._flushes, now, key=lambda flush: flush[0])
         return self._flushes[index - 1][1] if index else -1
+
+    def is_tie(self, grain: int, one: bytes, other: bytes) -> bool:
+        """Whether a grain came to hold either of these by changes that ran at the same time, so that nobody can say
+        which of them came last."""
+        changes = self._history.get(grain, ())
+        ones = [change for change in changes if self.content(change.tag, grain) == one]
+        others = [change for change in changes if self.content(change.tag, grain) == other]
+        return any(a.overlaps_in_time(b) for a in ones for b in others)
 
     def check_crashed(self, data: bytes | bytearray | memoryview, at: int | None = None) -> None:
         """Hold the disk's whole content after a crash (see `allowed_after_crash`) against the model. Mismatch."""
