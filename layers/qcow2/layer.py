@@ -326,6 +326,15 @@ class Qcow2(Layer):
             raise ConfigError(f"{self.filename} has no snapshot {id_or_name!r}; there are: {known}", key="snapshot")
         return entry
 
+    @contextlib.contextmanager
+    def _rewriting(self) -> Iterator[None]:
+        """The block gives the disk another content: all of it counts as written."""
+        try:
+            yield
+        finally:
+            if self.dirty_log is not None:
+                self.dirty_log.mark(0, self.size)
+
     def close(self) -> None:
         try:
             is_condemned = self._writer is not None and self._writer.is_condemned
@@ -538,7 +547,8 @@ class Qcow2(Layer):
             log.error("%s: cannot be marked as corrupt: %s", self.filename, failure)
 
     def make_empty(self) -> None:
-        self.writer.make_empty()
+        with self._rewriting():
+            self.writer.make_empty()
 
     # -- size -------------------------------------------------------------------------------------------------------
 
@@ -568,12 +578,8 @@ class Qcow2(Layer):
 
     def apply_snapshot(self, id_or_name: str) -> None:
         snapshots = self._changeable()
-        try:
-            with self.bitmap_list.resizing(snapshots.size(id_or_name)):
-                snapshots.apply(id_or_name)
-        finally:
-            if self.dirty_log is not None:
-                self.dirty_log.mark(0, self.size)
+        with self._rewriting(), self.bitmap_list.resizing(snapshots.size(id_or_name)):
+            snapshots.apply(id_or_name)
 
     def delete_snapshot(self, id_or_name: str) -> None:
         self._changeable().delete(id_or_name)

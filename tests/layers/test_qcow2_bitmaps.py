@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import struct
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -364,6 +366,94 @@ def test_applying_a_snapshot_counts_as_writing_everything(tmp_path: Path) -> Non
     check(path)
 
 
+def test_emptying_counts_as_writing_everything(tmp_path: Path) -> None:
+    base = create(tmp_path / "base", MIB)
+    path = create(tmp_path / "image", MIB, backing=base)
+    with opened(path) as (disk, layer):
+        disk.write(0, b"x")
+        layer.add_bitmap("b0")
+        layer.make_empty()
+        assert dirty(disk, "b0") == [(0, MIB)]
+    assert qemu_dirty(path, "b0") == [(0, MIB)]
+    check(path)
+
+
+@pytest.mark.parametrize("sizes", [(3 * MIB, 20 * MIB, MIB - 512), (MIB + 512, 64 * KIB, 40 * MIB)])
+def test_bitmaps_follow_the_size_of_the_disk(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    path = create(tmp_path / "image", 4 * MIB, cluster_size=512)
+    model: dict[str, set[int]] = {"on": set(), "off": set()}
+    with opened(path) as (disk, layer):
+        layer.add_bitmap("on", granularity=512)
+        layer.add_bitmap("off", granularity=512)
+        for size in sizes:
+            for marked in model.values():
+                marked |= granules(512, (disk.size - 700, 700), (30 * KIB, 1))
+            disk.write(disk.size - 700, b"x" * 700)
+            disk.write(30 * KIB, b"x")
+            layer.disable_bitmap("off")
+            layer.resize(size)
+            for marked in model.values():
+                marked &= set(range(-(-size // 512)))
+            assert stored(path.read_bytes())["off"].dirty == model["off"]
+            assert stored(path.read_bytes())["on"].flags == AUTO | IN_USE
+            for name, marked in model.items():
+                assert dirty(disk, name) == joined(marked, 512, size)
+            layer.enable_bitmap("off")
+    for name, marked in model.items():
+        assert qemu_dirty(path, name) == joined(marked, 512, sizes[-1])
+    check(path)
+
+
+def test_a_disk_is_not_resized_to_what_its_bitmaps_cannot_be_of(tmp_path: Path) -> None:
+    path = create(tmp_path / "image", 4 * MIB, cluster_size=MIB)
+    with opened(path) as (disk, layer):
+        layer.add_bitmap("b0", granularity=512)
+        for size in (0, 3 << 40):
+            with failing(errno.EINVAL):
+                layer.resize(size)
+        assert disk.size == 4 * MIB
+        layer.remove_bitmap("b0")
+        layer.resize(3 << 40)
+        layer.resize(0)
+        with failing(errno.EINVAL):
+            layer.add_bitmap("b0")
+    path = with_extra(tmp_path, compatible=False, auto=False)
+    with opened(path) as (disk, layer), failing(errno.ENOTSUP):
+        layer.resize(2 * MIB)
+
+
+def test_an_inconsistent_bitmap_does_not_keep_a_disk_from_being_resized(tmp_path: Path) -> None:
+    """Its table may be of any size, as long as it is in use. QEMU refuses."""
+    path = create(tmp_path / "image", MIB, cluster_size=512)
+    bitmap(path, "--add", "-g", "512", "b0")
+    changed(path, "b0", flags=AUTO | IN_USE)
+    with opened(path) as (_, layer):
+        layer.resize(30 * MIB)
+    assert qemu_flags(path) == {"b0": (512, {"auto", "in-use"})}
+    check(path)
+    bitmap(path, "--remove", "b0")
+    check(path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"extended_l2": "on"}, {"data_file": "data"}, {"data_file": "data", "data_file_raw": "on"}]
+)
+def test_with_subclusters_and_data_files(tmp_path: Path, options: dict[str, str]) -> None:
+    options = {key: str(tmp_path / value) if key == "data_file" else value for key, value in options.items()}
+    path = create(tmp_path / "image", 4 * MIB, **options)
+    bitmap(path, "--add", "-g", "4k", "b0")
+    with opened(path) as (disk, layer):
+        disk.write(100 * KIB, b"x" * 5000)
+        disk.zero(MIB, 70 * KIB)
+        disk.trim(2 * MIB, 64 * KIB)
+        layer.add_bitmap("b1", granularity=65536)
+        disk.write(100 * KIB, b"y")
+    marked = granules(4096, (100 * KIB, 5000), (MIB, 70 * KIB), (2 * MIB, 64 * KIB))
+    assert qemu_dirty(path, "b0") == joined(marked, 4096, 4 * MIB)
+    assert qemu_dirty(path, "b1") == [(64 * KIB, 64 * KIB)]
+    check(path)
+
+
 # -- turns with QEMU ---------------------------------------------------------------------------------------------------
 
 
@@ -710,3 +800,65 @@ def test_bitmaps_that_cannot_be_stored_at_closing_are_inconsistent_and_it_is_sai
     assert not report.errors and not report.leaks
     with open_stack(open_recorded(bytes(file.data))[1]) as disk:
         assert disk.read(0, 512) == b"x" * 512
+
+
+# -- hostile images ----------------------------------------------------------------------------------------------------
+
+
+def test_mutated_bitmaps_are_refused_or_make_no_trouble(tmp_path: Path) -> None:
+    path = create(tmp_path / "image", MIB, cluster_size=512)
+    for name in ("on", "off", "third"):
+        bitmap(path, "--add", "-g", "512", name)
+    qemu_io(path, "write 0 300k", "write 700k 1k")
+    bitmap(path, "--disable", "off")
+    data = path.read_bytes()
+    pick, outcomes = random.Random(SEED), Counter[str]()
+    places = [*_bitmap_bytes(data)]
+    for number in range(amount(400, 20_000)):
+        mutant = bytearray(data)
+        for _ in range(pick.choice((1, 1, 1, 2, 8))):
+            mutant[pick.choice(places)] = pick.choice((0, 1, 0x7F, 0x80, 0xFF, pick.randrange(256)))
+        try:
+            outcomes[_use(mutant, pick)] += 1
+        except (ImageError, OSError, RequestError):
+            outcomes["refused"] += 1
+        except AssertionError as error:
+            raise AssertionError(f"mutant {number}") from error
+    assert outcomes["refused"] and outcomes["used"]
+
+
+def _bitmap_bytes(data: bytes) -> Iterator[int]:
+    """Where the extension, the directory and the tables are, and the autoclear bits."""
+    at, content = bitmap_kit.extensions(data)[bitmap_kit.EXTENSION]
+    yield from range(at - 8, at + len(content))
+    yield from range(88, 96)
+    for what, offset, length in bitmap_kit.references(data):
+        if "data" not in what:
+            yield from range(offset, offset + min(length, 200))
+
+
+def _use(mutant: bytearray, pick: random.Random) -> str:
+    """Do with an image what can be done with its bitmaps."""
+    began = time.monotonic()
+    try:
+        with open_stack(open_recorded(bytes(mutant))[1], read_only=True) as disk:
+            layer = disk.root
+            assert isinstance(layer, Qcow2)
+            for found in layer.bitmaps():
+                with contextlib.suppress(RequestError):
+                    dirty(disk, found.name)
+        with open_stack(open_recorded(bytes(mutant))[1]) as disk:
+            layer = disk.root
+            assert isinstance(layer, Qcow2)
+            before = disk.read(0, disk.size)
+            disk.write(pick.randrange(1000) * 512, b"x" * 512)
+            for found in layer.bitmaps():
+                change = pick.choice((layer.remove_bitmap, layer.enable_bitmap, layer.disable_bitmap))
+                with contextlib.suppress(RequestError):
+                    change(found.name)
+            disk.flush()
+            after = disk.read(0, disk.size)
+            assert sum(one != other for one, other in zip(before, after, strict=True)) <= 512
+        return "used"
+    finally:
+        assert time.monotonic() - began < 5

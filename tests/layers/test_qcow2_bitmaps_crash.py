@@ -190,3 +190,38 @@ def _qemu_agrees(state: bytearray, path: Path) -> None:
     qemu_check(path, leaks_allowed=True)
     run("qemu-img", "check", "-q", "-r", "leaks", path)
     qemu_check(path)
+
+
+@pytest.mark.parametrize("sizes", [(96, 700, 30), (700, 64)])
+def test_a_disk_that_is_resized_has_no_valid_bitmap_of_another_size(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """`stored` holds every valid one to the size that the header says."""
+    pick, size = random.Random(f"{SEED} {sizes}"), 200 * KIB
+    initial = create(tmp_path / "image", size, cluster_size=512).read_bytes()
+    file = RecordedFile(bytearray(initial))
+    #: (position in the log, the disk's size, what the disabled bitmap says there).
+    history: list[tuple[int, int, frozenset[int]]] = []
+    layer = Qcow2(file)
+    with open_stack(layer) as disk:
+        layer.add_bitmap("on", granularity=512)
+        layer.add_bitmap("off", granularity=512)
+        for new in sizes:
+            disk.write(disk.size - 5 * KIB, b"x" * 5 * KIB)
+            layer.disable_bitmap("off")
+            history.append((file.mark("disabled"), disk.size, marked(layer, "off")))
+            layer.resize(new * KIB)
+            history.append((file.mark("resized"), disk.size, marked(layer, "off")))
+            layer.enable_bitmap("off")
+        closing = file.mark("closing")
+    seen = set()
+    for position, state in crash_states(initial, file.log, pick, amount(150, 3000)):
+        assert not check(state).errors, position
+        found, there = stored(state), int.from_bytes(state[24:32], "big")
+        if history[0][0] < position <= closing:
+            assert found["on"].flags == AUTO | IN_USE, position
+            if not found["off"].flags & IN_USE:
+                assert any(there == size and found["off"].dirty == said for _, size, said in history), position
+                seen.add(there)
+        for at, size, said in history:
+            if position == at:
+                assert (found["off"].flags, found["off"].dirty, there) == (0, said, size)
+    assert len(seen) > 1
