@@ -592,9 +592,10 @@ class Graph:
     def _enter(self, use: Use) -> bool:
         """Count a user in; whether the layer was open. Raises ConfigError, with nothing changed."""
         layer = use.layer
+        is_read_only = self.is_open(layer) and layer.read_only  # asked with no lock held: a layer may have one
         with self._lock:
             is_open = layer in self._uses
-            if is_open and layer.read_only:
+            if is_read_only:
                 self._check([*self._uses[layer], use])
                 use.grant = use.grant._replace(used=use.grant.used & READ)
             self._uses.setdefault(layer, []).append(use)
