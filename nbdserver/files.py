@@ -101,6 +101,14 @@ class PlainFile:
 
         _transfer_all(transfer, offset, vector)
 
+    def copy_to(self, offset: int, target: PlainFile, target_offset: int, length: int) -> None:
+        """Have the kernel copy a range, which the file has, into another file. Raises OSError: also where it cannot."""
+        while length:
+            count = os.copy_file_range(self._fd, target._fd, length, offset, target_offset)
+            if count == 0:
+                raise OSError(errno.EOPNOTSUPP, "ends where it is to be copied", self.name)
+            offset, target_offset, length = offset + count, target_offset + count, length - count
+
     def zero(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
         if length == 0:
             return

@@ -12,6 +12,7 @@ from nbdserver.format import Checks, ImageCheck, Progress, Repair, no_progress
 from nbdserver.image import wording
 from nbdserver.image.opening import Images, layer_type
 from nbdserver.image.parameters import (
+    cache_option,
     file_argument,
     force_share_option,
     format_option,
@@ -50,6 +51,7 @@ OPTIONAL: Final = frozenset(
     type=click.Choice([repair.value for repair in Repair if repair is not Repair.NONE]),
     help="Mend what is wrong: space that is lost, or everything.",
 )
+@cache_option("-T", "--cache")
 @force_share_option
 @output_option
 @progress_option

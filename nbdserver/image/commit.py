@@ -26,6 +26,7 @@ from nbdserver.image.allocation import Run, runs
 from nbdserver.image.copying import Copy, Range
 from nbdserver.image.opening import ALONE, Images
 from nbdserver.image.parameters import (
+    cache_option,
     file_argument,
     format_option,
     output_option,
@@ -45,6 +46,7 @@ from nbdserver.limits import DEPTH_MAX
 @format_option
 @click.option("-b", "--base", metavar="FILE", help="The image of the chain to write into; FILE is not emptied then.")
 @click.option("-d", "--drop", is_flag=True, help="Do not empty FILE afterwards: faster, if it is to be deleted.")
+@cache_option("-t", "--cache")
 @rate_option
 @output_option
 @progress_option

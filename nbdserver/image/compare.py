@@ -20,6 +20,7 @@ from nbdserver.image.copying import BATCH_COUNT_MAX, PIECE, read_still
 from nbdserver.image.opening import Images
 from nbdserver.image.parameters import (
     FORMAT,
+    cache_option,
     force_share_option,
     output_option,
     progress_option,
@@ -40,6 +41,7 @@ SAME, DIFFERENT, CANNOT_OPEN, CANNOT_MAP, CANNOT_READ = range(5)
 @click.option("-f", "--a-format", type=FORMAT, metavar="FMT", help="The format of FILE1.  [default: probed]")
 @click.option("-F", "--b-format", type=FORMAT, metavar="FMT", help="The format of FILE2.  [default: probed]")
 @click.option("-s", "--strict", is_flag=True, help="Sizes and allocation must be the same, too.")
+@cache_option("-T", "--cache")
 @force_share_option
 @output_option
 @progress_option

@@ -24,12 +24,15 @@ from nbdserver.image.copying import (
     Range,
     whole_units,
 )
+from nbdserver.image.info import print_json
 from nbdserver.image.opening import Images, is_device, layer_type
 from nbdserver.image.parameters import (
     CACHE,
     FORMAT,
     SIZE,
+    cache_option,
     force_share_option,
+    output_option,
     progress_option,
     quiet_option,
     rate_option,
@@ -81,12 +84,23 @@ SALVAGED = 64 * KIB
 @click.option(
     "-t", "--target-cache", type=CACHE, default="unsafe", show_default=True, help="unsafe: TARGET is not synced."
 )
+@cache_option("-T", "--source-cache")
+@click.option(
+    "-C",
+    "--copy-range-offloading",
+    "offload",
+    is_flag=True,
+    help="Have the file system copy, or share, the data where it can; zeroes in it are not looked for.",
+)
 @rate_option
 @force_share_option
+@output_option
 @progress_option
 @quiet_option
 @roots_option
-def command(*, paths: tuple[str, ...], options: tuple[str, ...], target_format: str, **wishes: Any) -> None:
+def command(
+    *, paths: tuple[str, ...], options: tuple[str, ...], target_format: str, as_json: bool, **wishes: Any
+) -> None:
     """Copy the disk in FILE, or those in several FILEs one after the other, into the new image TARGET.
 
     Holes and zeroes stay holes. What was in TARGET before is overwritten (without -n), unless somebody uses it. As
@@ -100,6 +114,8 @@ def command(*, paths: tuple[str, ...], options: tuple[str, ...], target_format: 
     conversion = Conversion(paths[:-1], paths[-1], target_format, options, **wishes)
     conversion.check()
     conversion.run()
+    if as_json:
+        print_json(paths[-1], target_format, conversion.roots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +140,7 @@ class Conversion:
     parallel: int = WORKERS_DEFAULT
     oob_writes: bool = False
     target_cache: str = "unsafe"
+    offload: bool = False
     rate_limit: int | None = None
     force_share: bool = False
     wants_progress: bool = False
@@ -141,6 +158,10 @@ class Conversion:
             "--target-is-zero is for images that are there, so only with -n": self.target_is_zero
             and not self.no_create,
             "--skip-broken-bitmaps is only for --bitmaps": self.skip_broken_bitmaps and not self.bitmaps,
+            "-C leaves no data to look for zeroes in, so not with -S": self.offload
+            and self.sparse_size != SPARSE_DEFAULT,
+            "-C leaves no data to compress, so not with -c": self.offload and self.compress,
+            "-C leaves no data to salvage, so not with --salvage": self.offload and self.salvage,
             "snapshots of several images cannot be joined": self.snapshot and several,
             "bitmaps of several images cannot be joined": self.bitmaps and several,
             "several images that are joined cannot be an overlay": self.backing and several,
@@ -167,6 +188,10 @@ class Conversion:
                 self._copy_bitmaps(bare(sources[0]), target)
             finish(target.flush())
 
+    @property
+    def _cache(self) -> str:
+        return "writethrough" if self.target_cache == "directsync" else self.target_cache
+
     # -- the target -------------------------------------------------------------------------------------------------
 
     def _made(self, images: Images, source: Layer) -> Layer:
@@ -182,12 +207,12 @@ class Conversion:
             if len(self.sources) > 1:
                 raise click.UsageError("several images that are joined cannot be an overlay")
             keys["backing"] = images.open(*backing)
-        made = creation.make(images, self.target, self.target_format, source.size, options, cache=self.target_cache)
+        made = creation.make(images, self.target, self.target_format, source.size, options, cache=self._cache)
         return creation.open_new(images, made, self.target_format, keys)
 
     def _existing(self, images: Images, source: Layer) -> Layer:
         self._check_compression(None)
-        target = images.open(self.target, self.target_format, read_only=False, cache=self.target_cache)
+        target = images.open(self.target, self.target_format, read_only=False, cache=self._cache)
         if target.size < source.size:
             raise ImageError("is too small", path=self.target, found=target.size, wanted=f"at least {source.size}")
         return target
@@ -217,6 +242,7 @@ class Conversion:
             in_order=isinstance(target, HasClusters) and not (self.oob_writes or self.compress),
             salvage=self._salvage if self.salvage else None,
             rate=self.rate_limit,
+            offload=self.offload,
         )
 
     def _ranges(self, sources: list[Layer], target: Layer) -> Iterator[Range]:

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 from nbdserver.errors import ImageError, NbdserverError
 from nbdserver.extent import CODE, ZERO, Intent, OpenFile, Special
+from nbdserver.files import PlainFile
 from nbdserver.format import Progress, no_progress
 from nbdserver.graph import execute, flatten
 from nbdserver.image.allocation import SECTOR
@@ -59,6 +60,7 @@ class Copy:
     target is zeroes where it has not been written. ``flags``: of writes. ``unit``: of compressed writes, what is
     compressed at once: ranges are whole units then. ``salvage``: is told of what cannot be read, and is zeroes then;
     None: that is an error. ``rate``: bytes a second. ``in_order``: one piece is written after the other.
+    ``offload``: have the kernel copy from file to file where it can, zeroes and all.
     """
 
     source: Layer
@@ -72,6 +74,7 @@ class Copy:
     in_order: bool = True
     salvage: Callable[[str], None] | None = None
     rate: int | None = None
+    offload: bool = False
 
     def run(self, ranges: Iterable[Range], total: int, progress: Progress = no_progress) -> None:
         """Copy the ranges, which ascend and end at ``total``. Flushes nothing.
@@ -289,6 +292,7 @@ class _Run:
         self._copy = copy
         self._batches = enumerate(copy.batches(ranges))
         self._flat = Flat.of(copy.target)
+        self._offloads = copy.offload
         self._total, self._progress = total, progress
         self._lock = threading.Lock()
         self._turn = threading.Condition()
@@ -333,6 +337,8 @@ class _Run:
         copy = self._copy
         requests = []
         for piece in batch:
+            if self._offload(piece):
+                continue
             length = 0 if piece.is_zero and not copy.fills_holes else piece.length
             data, buffer = buffer[:length], buffer[length:]
             copy.read(piece, data)
@@ -350,6 +356,26 @@ class _Run:
             self._progress(self._done, self._total)
         if copy.rate:
             self._wait(sum(piece.length for piece in batch) / copy.rate)
+
+    def _offload(self, piece: Range) -> bool:
+        """Have the kernel copy a piece of data, if that can be done; False, if it is still to be done."""
+        flat = self._flat
+        if not self._offloads or piece.is_zero or flat is None or not isinstance(flat.file, PlainFile):
+            return False
+        done = 0
+        for leaf in flatten(self._copy.source, piece.start, piece.length, Intent.READ, transforms=False):
+            length = min(leaf.length, piece.length - done)
+            if not isinstance(leaf.target, PlainFile) or leaf.meters:
+                return False
+            try:
+                leaf.target.copy_to(leaf.offset, flat.file, flat.offset + piece.start + done, length)
+            except OSError:
+                self._offloads = False  # whatever it was: if it matters, copying says so
+                return False
+            done += length
+            if done == piece.length:
+                break
+        return True
 
     def _wait(self, seconds: float) -> None:
         """Wait until as much as this may be done, on average since the beginning."""

@@ -6,8 +6,9 @@ import click
 
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.image import creation
+from nbdserver.image.info import print_json
 from nbdserver.image.opening import Images
-from nbdserver.image.parameters import FORMAT, SIZE, progress_option, quiet_option, roots_option
+from nbdserver.image.parameters import FORMAT, SIZE, output_option, progress_option, quiet_option, roots_option
 from nbdserver.image.progress import progress
 
 
@@ -25,6 +26,7 @@ from nbdserver.image.progress import progress
 @click.option("-b", "--backing", metavar="FILE", help="The image to show where nothing has been written.")
 @click.option("-F", "-B", "--backing-format", type=FORMAT, metavar="FMT", help="Its format; it must be said.")
 @click.option("-u", "--backing-unsafe", "is_unsafe", is_flag=True, help="Do not open it; so SIZE must be given.")
+@output_option
 @progress_option
 @quiet_option
 @roots_option
@@ -37,6 +39,7 @@ def command(
     backing: str | None,
     backing_format: str | None,
     is_unsafe: bool,
+    as_json: bool,
     wants_progress: bool,
     quiet: bool,
     roots: tuple[str, ...],
@@ -62,7 +65,9 @@ def command(
             size = found if size is None else size
         if size is None:
             raise ImageError("needs a size", path=path)
-        if not quiet:
+        if not (quiet or as_json):
             click.echo(f"Formatting '{path}', fmt={format} {creation.shown(chosen, size)}")
         with progress("preallocating", wanted=wants_progress, quiet=quiet) as tell:
             creation.make(images, path, format, size, chosen, progress=tell)
+    if as_json:
+        print_json(path, format, roots)

@@ -14,7 +14,7 @@ from nbdserver.extent import Size
 from nbdserver.files import resolve_name
 from nbdserver.format import Creates, Progress, grow, no_progress, preallocate
 from nbdserver.graph import reach
-from nbdserver.image.opening import Images, layer_type
+from nbdserver.image.opening import EXACT, Images, fitting, layer_type
 from nbdserver.image.parameters import parse_size
 from nbdserver.layer import Layer
 
@@ -146,7 +146,8 @@ def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]
     if made.data_file is not None:
         images.hand_over(made.data_file)
         keys = {"data_file": made.data_file, **keys}
-    return images.enter(registry.build(format, {"file": made.file, **keys}), read_only=False)
+    wanted = fitting(format, {**keys, **EXACT})
+    return images.enter(registry.build(format, {"file": made.file, **wanted}), read_only=False)
 
 
 # -- the options ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -15,6 +15,7 @@ from nbdserver.image import wording
 from nbdserver.image.allocation import SECTOR, bare
 from nbdserver.image.opening import UNREAD, Images, is_device
 from nbdserver.image.parameters import (
+    cache_option,
     file_argument,
     force_share_option,
     format_option,
@@ -29,6 +30,7 @@ from nbdserver.limits import DEPTH_MAX
 @file_argument
 @format_option
 @click.option("--backing-chain", "is_chain", is_flag=True, help="Describe its backing files too.")
+@cache_option("-t", "--cache")
 @force_share_option
 @output_option
 @roots_option
@@ -45,6 +47,12 @@ def command(
         click.echo(wording.as_json(found if is_chain else found[0]))
     else:
         click.echo("\n\n".join("\n".join(in_words(info)) for info in found))
+
+
+def print_json(path: str, format: str, roots: Sequence[str]) -> None:
+    """What a command that has made an image prints with --json. Raises ImageError, OSError."""
+    with Images(roots) as images:
+        click.echo(wording.as_json(image_info(images, path, format)))
 
 
 def chain_info(images: Images, path: str, format: str | None) -> list[dict[str, Any]]:

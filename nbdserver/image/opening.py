@@ -14,10 +14,12 @@ from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FileMode
 from nbdserver.files import FileOpener, Files, make
 from nbdserver.format import snapshot_named
-from nbdserver.graph import Graph
+from nbdserver.graph import Graph, execute
 from nbdserver.image.remote import Remote, is_remote
 from nbdserver.layer import Layer
+from nbdserver.probe import HEAD_LENGTH
 from nbdserver.registry import NO_KEYS, has_key
+from nbdserver.request import Request
 
 #: Who opens images here, in errors.
 USER: Final = "this command"
@@ -27,6 +29,9 @@ ALONE: Final[Mapping[str, object]] = {"backing": False}
 
 #: And an external data file, too: for what only describes an image, which may be anybody's.
 UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False}
+
+#: For images that are written here: allocate what is written and nothing beside it.
+EXACT: Final[Mapping[str, object]] = {"allocation_ahead": 0}
 
 
 class Images:
@@ -74,9 +79,8 @@ class Images:
         Raises ImageError, ConfigError, OSError.
         """
         name = self.format(path, format)
-        wanted = {key: value for key, value in keys.items() if key not in UNREAD or has_key(layer_type(name), key)}
+        wanted = fitting(name, {**keys, **EXACT})
         if is_remote(path):
-            layer_type(name)
             return self.enter(registry.build(name, {"file": Remote(path), **wanted}), read_only=read_only)
         return self.enter(registry.image(path, name, FileMode(cache), wanted), read_only=read_only)
 
@@ -97,12 +101,16 @@ class Images:
         return self.enter(registry.build("file", {"path": path, "cache": cache}), read_only=read_only)
 
     def empty_file(self, path: str, *, cache: str = "writeback") -> Layer:
-        """An empty file at ``path``, locked: made, or else emptied. A block device is what it is. Raises as `open`."""
+        """An empty file at ``path``, locked: made, or else emptied. Of a block device only what images are known by is
+        zeroed. Raises as `open` does."""
         if is_remote(path):
             raise ImageError("is there already, and is what it is: write into it, with --no-create", path=path)
         make(path)
         file = self.file(path, read_only=False, cache=cache)
-        if not is_device(path):
+        if is_device(path):
+            execute(file, Request.zero(0, min(HEAD_LENGTH, file.size)))
+            file.flush()
+        else:
             file.resize(0)
         return file
 
@@ -123,6 +131,12 @@ class Images:
     def opener(self, *, read_only: bool) -> FileOpener:
         """What layers are opened with here."""
         return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only, user=USER)
+
+
+def fitting(format: str, keys: Mapping[str, object]) -> dict[str, object]:
+    """The keys without those of `UNREAD` and `EXACT` that images of ``format`` have no use for."""
+    cls = layer_type(format)
+    return {key: value for key, value in keys.items() if key not in {**UNREAD, **EXACT} or has_key(cls, key)}
 
 
 def layer_type(format: str) -> type[Layer]:

@@ -67,7 +67,7 @@ SIZE: Final = Size()
 FORMAT: Final = Format()
 
 #: How files are used: `nbdserver.extent.FileMode`.
-CACHE: Final = click.Choice(["writeback", "writethrough", "none", "unsafe"])
+CACHE: Final = click.Choice(["writeback", "writethrough", "none", "directsync", "unsafe"])
 
 file_argument = click.argument("path", metavar="FILE")
 
@@ -84,6 +84,13 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing b
 progress_option = click.option(
     "-p", "--progress", "wants_progress", is_flag=True, help="Show progress on stderr, even if that is no terminal."
 )
+
+
+def cache_option(*names: str) -> Callable[[Command], Command]:
+    """Take qemu-img's cache modes, of what is read and of what is synced all the same."""
+    words = "Taken for qemu-img's sake: files are read through the page cache, and synced as it does by default."
+    return click.option(*names, type=CACHE, help=words, expose_value=False)
+
 
 rate_option = click.option("-r", "--rate-limit", type=SIZE, metavar="RATE", help="Bytes a second, at most.")
 

@@ -30,6 +30,7 @@ from nbdserver.image.copying import PIECE, read_still
 from nbdserver.image.opening import ALONE, Images, layer_type
 from nbdserver.image.parameters import (
     FORMAT,
+    cache_option,
     file_argument,
     force_share_option,
     format_option,
@@ -56,6 +57,8 @@ UNIT_DEFAULT: Final = 64 * KIB
     "-u", "--backing-unsafe", "is_unsafe", is_flag=True, help="Only change the name: what the image shows may change."
 )
 @click.option("-c", "--compress", is_flag=True, help="Compress what is copied, if the format can.")
+@cache_option("-t", "--cache")
+@cache_option("-T", "--backing-cache")
 @force_share_option
 @output_option
 @progress_option

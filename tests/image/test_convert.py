@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdserver.image.allocation import SECTOR
 from nbdserver.image.copying import Range, whole_units, zero_runs
-from tests.image.kit import KIB, MIB, Sample, image, qemu_img
-from tests.serving import SEED, check, content, create, qemu_io, run
+from tests.image.kit import KIB, MIB, Sample, image, image_json, qemu_img
+from tests.serving import SEED, check, content, create, loop_device, qemu_io, run
 
 # -- of any format into any other ----------------------------------------------------------------------------------
 
@@ -198,6 +202,8 @@ def test_the_target_is_never_the_source(zoo: dict[str, Sample], tmp_path: Path) 
         (["-l", "snapshot", "source", "target"], "has no internal snapshots"),
         (["-l", "snapshot", "source", "source", "target"], "cannot be joined"),
         (["-m", "17", "source", "target"], "17"),
+        (["-C", "-S", "64k", "source", "target"], "-C"),
+        (["-C", "-c", "-O", "qcow2", "source", "target"], "-C"),
         (["-O", "luks", "source", "target"], "cannot be made"),
         (["none", "target"], "none: cannot be opened"),
         (["source", "none/target"], "none/target: cannot be made"),
@@ -265,3 +271,91 @@ def test_progress_goes_to_stderr(zoo: dict[str, Sample], tmp_path: Path) -> None
     result = image("convert", "-p", zoo["raw"].path, tmp_path / "target")
     assert "(100.00/100%)" in result.stderr and result.stdout == ""
     assert image("convert", "-p", "-q", zoo["raw"].path, tmp_path / "target").stderr == ""
+
+
+# -- ways to copy ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_copies(zoo: dict[str, Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy_file_range = os.copy_file_range
+
+    def copy(source: int, target: int, count: int, *offsets: int) -> int:
+        copied.append(count)
+        return copy_file_range(source, target, min(count, 70_000), *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    for name in ("raw", "qcow2", "chain", "metadata"):
+        copied.clear()
+        target = tmp_path / "target"
+        image("convert", "-C", zoo[name].path, target)
+        assert image("compare", "-F", "raw", zoo[name].path, target).stdout == "Images are identical.\n"
+        assert copied, name
+    copied.clear()
+    image("convert", "-C", "-O", "qcow2", zoo["raw"].path, tmp_path / "disk.qcow2")
+    assert not copied and content(tmp_path / "disk.qcow2") == content(zoo["raw"].path, format="raw")
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_where_the_kernel_cannot_copy_we_do(
+    fails_at: int, zoo: dict[str, Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+    copy_file_range = os.copy_file_range
+
+    def copy(source: int, target: int, count: int, *offsets: int) -> int:
+        if next(calls) >= fails_at:
+            raise OSError(errno.EXDEV, "another file system")
+        return copy_file_range(source, target, count, *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    target = tmp_path / "target"
+    image("convert", "-C", zoo["raw"].path, target)
+    assert target.read_bytes() == zoo["raw"].path.read_bytes()
+
+
+@pytest.mark.parametrize("words", ["-m 1", "-m 16", "-W", "-t writeback", "-t directsync -T none"])
+def test_it_does_not_matter_how(words: str, zoo: dict[str, Sample], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    image("convert", *words.split(), "-O", "qcow2", zoo["chain"].path, target)
+    check(target)
+    assert content(target) == content(zoo["chain"].path)
+
+
+def test_it_is_synced_if_that_is_wanted(
+    zoo: dict[str, Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    image("convert", "-O", "qcow2", zoo["raw"].path, tmp_path / "target")
+    assert not synced
+    image("convert", "-O", "qcow2", "-t", "writeback", zoo["raw"].path, tmp_path / "target")
+    assert synced
+
+
+def test_a_block_device_is_written_zeroes_and_all(zoo: dict[str, Sample], tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    with loop_device_of_garbage(path) as device:
+        image("convert", zoo["qcow2"].path, device)
+        assert path.read_bytes()[: 8 * MIB] == content(zoo["qcow2"].path)
+        path.write_bytes(b"\xaa" * 16 * MIB)
+        image("convert", "-O", "qcow2", zoo["qcow2"].path, device)
+        assert image("compare", device, zoo["qcow2"].path).stdout == "Images are identical.\n"
+        result = image("create", "-f", "qcow2", "-o", "preallocation=metadata", device, "20M", status=1)
+        assert "No space left on device" in result.stderr
+        assert image_json("info", device)["format"] == "raw", "what was there is no image any more"
+
+
+@contextlib.contextmanager
+def loop_device_of_garbage(path: Path) -> Iterator[str]:
+    path.write_bytes(b"\xaa" * 16 * MIB)
+    with loop_device(path, sector_size=512) as device:
+        yield device
+
+
+def test_what_has_been_made_is_described(zoo: dict[str, Sample], tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    made = image_json("convert", "-O", "qcow2", zoo["raw"].path, path)
+    assert made == image_json("info", path) and made["virtual-size"] == 6 * MIB
+    made = image_json("create", "-f", "qcow2", path, "3M")
+    assert made == image_json("info", path) and made["virtual-size"] == 3 * MIB
