@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import struct
@@ -403,6 +404,28 @@ def _checked(data: bytes | bytearray, path: Path) -> ImageCheck:
 
 
 # -- hostile images ----------------------------------------------------------------------------------------------------
+
+
+def test_whatever_an_image_contains_there_is_an_answer(images: dict[str, Path]) -> None:
+    """Counts, or an ImageError; or there is no room for what an image says."""
+    pick, known = random.Random(f"{SEED} bytes"), [path.read_bytes() for path in images.values()]
+    answers = set()
+    for _ in range(amount(200, 20_000)):
+        data = bytearray(pick.choice(known))
+        for _ in range(pick.choice((1, 2, 4, 16))):
+            at = pick.randrange(pick.choice((112, 600, 4096, len(data))))
+            garbage = pick.choice((bytes([data[at] ^ 1 << pick.randrange(8)]), b"\0", b"\xff", pick.randbytes(8)))
+            data[at : at + len(garbage)] = garbage
+        if pick.random() < 0.1:
+            del data[pick.randrange(len(data)) :]
+        try:
+            Qcow2.check(RecordedFile(data), repair=pick.choice(list(Repair)), opener=FileOpener(Graph(), Files()))
+            answers.add("counts")
+        except ImageError:
+            answers.add("refused")
+        except OSError as error:
+            assert error.errno in (errno.ENOSPC, errno.EFBIG), error
+    assert answers == {"counts", "refused"}
 
 
 @pytest.mark.timeout(30)
