@@ -18,7 +18,7 @@ from tests.serving import SEED, amount, check, content, create, qemu_io, run
 MIB = 1 << 20
 
 #: Seconds of storm over each disk: the whole minute on the usual one, less on the others.
-LONG_S, SHORT_S = amount(10, 60), amount(4, 20)
+LONG_S, SHORT_S = amount(5, 60), amount(3, 20)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.serving import SEED, amount, check, content, create, qemu_io, run
 MIB = 1 << 20
 SIZE = 4 * MIB
 #: Points in time that are passed over each disk, a tenth of a second apart.
-POINTS = amount(16, 600)
+POINTS = amount(8, 600)
 
 DISKS = {
     "64k": {},
