@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,26 +10,20 @@ import nbd
 import pytest
 
 from nbdserver.testing import NbdServers, ServerProcess
+from tests.huge_pages import spare_pages
 from tests.serving import memlock
 
 MIB = 1 << 20
 POOL = 32 * MIB
 HUGE = 2 * MIB
 
-SET_ASIDE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
-@contextlib.contextmanager
-def set_aside(pages: int) -> Iterator[None]:
-    """So many more huge pages in the kernel's pool (vm.nr_hugepages)."""
-    before = int(SET_ASIDE.read_text())
-    SET_ASIDE.write_text(str(before + pages))
-    try:
-        assert int(SET_ASIDE.read_text()) == before + pages, "memory is too fragmented for this test"
+@pytest.fixture(autouse=True)
+def none_to_spare() -> Iterator[None]:
+    with spare_pages(0):
         yield
-    finally:
-        SET_ASIDE.write_text(str(before))
 
 
 @pytest.fixture
@@ -64,7 +57,7 @@ def mapped(server: ServerProcess, what: str) -> int:
 
 
 def test_pages_that_were_set_aside_are_used(nbd_server: NbdServers, disk: Path, backend: str) -> None:
-    with set_aside(POOL // HUGE), serve(nbd_server, disk, backend) as server:
+    with spare_pages(POOL // HUGE), serve(nbd_server, disk, backend) as server:
         pool = server.stats()["pool"]
         assert (pool["pages"], pool["huge"], pool["size"]) == ("hugetlb", POOL, POOL)
         assert "buffer pool: 32 MiB on hugetlb pages" in server.log

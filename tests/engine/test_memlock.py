@@ -9,7 +9,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import nbd
 import pytest
 
 from nbdserver.testing import NbdServers, ServerProcess
+from tests.huge_pages import spare_pages
 from tests.interop import forbid_io_uring
 from tests.serving import SEED, memlock, run
 
@@ -26,6 +27,13 @@ POOL = 32 * MIB
 MARGIN = MIB
 
 FORBID = (sys.executable, str(Path(forbid_io_uring.__file__)))
+
+
+@pytest.fixture(autouse=True)
+def no_huge_pages() -> Iterator[None]:
+    """A pool on pages that were set aside is whole or not at all, and does not count as locked."""
+    with spare_pages(0):
+        yield
 
 
 @pytest.fixture
