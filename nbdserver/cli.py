@@ -28,6 +28,7 @@ from nbdserver.config import Config, ExportConfig
 from nbdserver.contexts import Contexts
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
+from nbdserver.ctl_bitmap import bitmap
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.events import Events
 from nbdserver.extent import AIOS, CACHES
@@ -432,6 +433,7 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
 
 
 main.add_command(ctl)
+ctl.add_command(bitmap)
 
 
 # -- serving -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nbdserver import explain
+from nbdserver.bitmap_commands import BitmapCommands
 from nbdserver.control import Command, CommandError
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Size
@@ -49,6 +50,7 @@ class Commands:
             "job-dismiss": self.job_dismiss,
             "block-job-set-speed": self.block_job_set_speed,
             "quit": self.quit,
+            **BitmapCommands(self._service.server).table(),
         }
 
     # -- questions -------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Contexts:
         if name == context:
             return
         for layer in _showing(root):
-            if layer is self._layers[name]:
+            if layer is self._layers.get(name):
                 return
             if isinstance(layer, HasBitmaps) and any(bitmap.name == name for bitmap in layer.bitmaps()):
                 break  # a nearer one, which was not there before
@@ -96,6 +96,20 @@ class Contexts:
         if bitmap.auto and self._read_only and not layer.read_only:
             return f"bitmap {name!r} records what is written to the disk, which this export shows read-only: disable it"
         return None
+
+
+def keeper(root: Layer, name: str | None = None) -> HasBitmaps:
+    """The nearest layer, of those whose disk ``root`` shows, that has a bitmap of this name; None: that can have any.
+    Raises ConfigError."""
+    found = _find(root, name) if name is not None else next((each for each in _showing(root) if _can_keep(each)), None)
+    if found is None:
+        what = f"there is no bitmap {name!r}" if name is not None else f"{root.type} cannot keep bitmaps"
+        raise ConfigError(f"{what}; there are: {', '.join(map(repr, _all(root))) or 'none'}")
+    return cast(HasBitmaps, found)
+
+
+def _can_keep(layer: Layer) -> bool:
+    return isinstance(layer, HasBitmaps)
 
 
 def _showing(root: Layer) -> Iterator[Layer]:

@@ -52,11 +52,11 @@ def _configured_path() -> str:
     return path
 
 
-def _json(function: Function) -> Function:
+def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-def _print(answer: Any, as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
+def print_answer(answer: Any, as_json: bool, lines: Callable[[], Iterator[str]]) -> None:
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
@@ -64,7 +64,7 @@ def _print(answer: Any, as_json: bool, lines: Callable[[], Iterator[str]]) -> No
         click.echo(line)
 
 
-class _SizeType(click.ParamType[int]):
+class SizeType(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
@@ -93,15 +93,15 @@ def ctl(context: click.Context, path: str | None) -> None:
 
 
 @ctl.command("list")
-@_json
+@json_option
 @click.pass_obj
 def list_(session: Session, as_json: bool) -> None:
     """List the exports and their clients."""
     rows = session.execute("query-block-exports")
-    _print({"exports": rows}, as_json, lambda: _tables(_export_table(rows), _client_table(rows)))
+    print_answer({"exports": rows}, as_json, lambda: as_table(_export_table(rows), _client_table(rows)))
 
 
-def _tables(*tables: Sequence[Sequence[str]]) -> Iterator[str]:
+def as_table(*tables: Sequence[Sequence[str]]) -> Iterator[str]:
     """Tables of more than a heading, with an empty line between them."""
     there = [rows for rows in tables if len(rows) > 1]
     for index, rows in enumerate(there):
@@ -140,12 +140,12 @@ def _client_table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 @ctl.command()
-@_json
+@json_option
 @click.pass_obj
 def stats(session: Session, as_json: bool) -> None:
     """Show the counters of the engine, of exports, their layers and files, and of clients."""
     answer = session.execute("query-stats")
-    _print(answer, as_json, lambda: _flat(answer))
+    print_answer(answer, as_json, lambda: _flat(answer))
 
 
 def _flat(value: Any, path: str = "") -> Iterator[str]:
@@ -165,7 +165,7 @@ def _flat(value: Any, path: str = "") -> Iterator[str]:
 @click.argument("export")
 @click.argument("operation", type=click.Choice(list(explain.OPERATIONS)))
 @click.argument("range_", metavar="OFFSET+LENGTH")
-@_json
+@json_option
 @click.pass_obj
 def explain_(session: Session, export: str, operation: str, range_: str, as_json: bool) -> None:
     """Show the way of one request through the open layers of EXPORT, as `nbdserver explain` does of a configuration.
@@ -177,7 +177,7 @@ def explain_(session: Session, export: str, operation: str, range_: str, as_json
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="OFFSET+LENGTH") from error
     answer = session.execute("explain", export=export, operation=operation, offset=offset, length=length)
-    _print(answer, as_json, lambda: iter((explain.table(explain.Explanation.of_json(answer)),)))
+    print_answer(answer, as_json, lambda: iter((explain.table(explain.Explanation.of_json(answer)),)))
 
 
 # -- changes -------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def explain_(session: Session, export: str, operation: str, range_: str, as_json
 
 @ctl.command()
 @click.option("--hard", is_flag=True, help="Disconnect the clients of exports that are removed or changed.")
-@_json
+@json_option
 @click.pass_obj
 def reload(session: Session, hard: bool, as_json: bool) -> None:
     """Take up a changed configuration.
@@ -195,7 +195,7 @@ def reload(session: Session, hard: bool, as_json: bool) -> None:
     in the configuration is wrong, nothing changes.
     """
     answer = session.execute("reload", hard=hard)
-    _print(answer, as_json, lambda: _reload_lines(answer))
+    print_answer(answer, as_json, lambda: _reload_lines(answer))
 
 
 def _reload_lines(answer: dict[str, Any]) -> Iterator[str]:
@@ -217,7 +217,7 @@ def _reload_lines(answer: dict[str, Any]) -> Iterator[str]:
 )
 @click.option("--read-only", "-r", is_flag=True, help="Serve it read-only.")
 @click.option("--description", metavar="TEXT", help="What clients are told of it.")
-@_json
+@json_option
 @click.pass_obj
 def add(
     session: Session,
@@ -249,7 +249,7 @@ def add(
         directory=os.getcwd(),
     )
     access = "read-only" if answer["read_only"] else "writable"
-    _print(answer, as_json, lambda: iter((f"{name!r}: {answer['size']} bytes, {access}",)))
+    print_answer(answer, as_json, lambda: iter((f"{name!r}: {answer['size']} bytes, {access}",)))
 
 
 def toml_value(text: str, hint: str) -> Any:
@@ -264,7 +264,7 @@ def toml_value(text: str, hint: str) -> Any:
 @click.argument("name")
 @click.option("--hard", "mode", flag_value="hard", help="Disconnect its clients.")
 @click.option("--drain", "mode", flag_value="drain", help="Take no new clients; it ends after the last.")
-@_json
+@json_option
 @click.pass_obj
 def remove(session: Session, name: str, mode: str | None, as_json: bool) -> None:
     """Serve an export no longer. By default, only if it has no clients.
@@ -273,27 +273,27 @@ def remove(session: Session, name: str, mode: str | None, as_json: bool) -> None
     """
     answer = session.execute("block-export-del", name=name, mode=mode)
     words = "has ended" if answer["ended"] else "ends after its last client"
-    _print(answer, as_json, lambda: iter((f"{name!r} {words}",)))
+    print_answer(answer, as_json, lambda: iter((f"{name!r} {words}",)))
 
 
 @ctl.command()
 @click.argument("client", type=int)
-@_json
+@json_option
 @click.pass_obj
 def disconnect(session: Session, client: int, as_json: bool) -> None:
     """Close the connection of one client, by the number that `list` shows."""
-    _print(session.execute("disconnect", client=client), as_json, lambda: iter(()))
+    print_answer(session.execute("disconnect", client=client), as_json, lambda: iter(()))
 
 
 @ctl.command()
 @click.argument("export")
-@click.argument("size", type=_SizeType())
-@_json
+@click.argument("size", type=SizeType())
+@json_option
 @click.pass_obj
 def resize(session: Session, export: str, size: int, as_json: bool) -> None:
     """Give the disk of EXPORT another size. Clients see it when they connect again."""
     answer = session.execute("block_resize", export=export, size=size)
-    _print(answer, as_json, lambda: iter((f"{export!r}: {size} bytes",)))
+    print_answer(answer, as_json, lambda: iter((f"{export!r}: {size} bytes",)))
 
 
 # -- filters -------------------------------------------------------------------------------------------------------
@@ -307,34 +307,34 @@ def filter_() -> None:
 @filter_.command("add")
 @click.argument("export")
 @click.argument("table", metavar="TOML")
-@_json
+@json_option
 @click.pass_obj
 def filter_add(session: Session, export: str, table: str, as_json: bool) -> None:
     """Put a filter above EXPORT, as a configuration has it: '{type = "throttle", bps_total = "10M"}'."""
     answer = session.execute("filter-add", export=export, filter=toml_value(table, "TOML"), directory=os.getcwd())
-    _print(answer, as_json, lambda: iter(()))
+    print_answer(answer, as_json, lambda: iter(()))
 
 
 @filter_.command("remove")
 @click.argument("export")
-@_json
+@json_option
 @click.pass_obj
 def filter_remove(session: Session, export: str, as_json: bool) -> None:
     """Take the topmost layer of EXPORT away, which must be a filter."""
     answer = session.execute("filter-remove", export=export)
-    _print(answer, as_json, lambda: iter((f"removed: {answer['type']}",)))
+    print_answer(answer, as_json, lambda: iter((f"removed: {answer['type']}",)))
 
 
 # -- jobs ----------------------------------------------------------------------------------------------------------
 
 
 @ctl.command()
-@_json
+@json_option
 @click.pass_obj
 def jobs(session: Session, as_json: bool) -> None:
     """List the jobs, and how far they are."""
     answer = session.execute("query-jobs")
-    _print({"jobs": answer}, as_json, lambda: _tables(_job_table(answer)))
+    print_answer({"jobs": answer}, as_json, lambda: as_table(_job_table(answer)))
 
 
 def _job_table(jobs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -347,7 +347,7 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 @ctl.command("job-wait")
 @click.argument("job_id", metavar="JOB")
-@_json
+@json_option
 @click.pass_obj
 def job_wait(session: Session, job_id: str, as_json: bool) -> None:
     """Wait until JOB has concluded (or is ready), with a progress bar. Exit status 1 if it has failed."""
@@ -358,7 +358,7 @@ def job_wait(session: Session, job_id: str, as_json: bool) -> None:
             time.sleep(JOB_POLL_S)
             job = _job(session, job_id)
         _show(bar, job)
-    _print(job, as_json, lambda: _tables(_job_table([job])))
+    print_answer(job, as_json, lambda: as_table(_job_table([job])))
     if "error" in job:
         raise click.exceptions.Exit(1)
 
@@ -380,10 +380,10 @@ def _job_command(name: str, help: str) -> None:
 
     @ctl.command(name, help=help)
     @click.argument("job_id", metavar="JOB")
-    @_json
+    @json_option
     @click.pass_obj
     def command(session: Session, job_id: str, as_json: bool) -> None:
-        _print(session.execute(name, id=job_id), as_json, lambda: iter(()))
+        print_answer(session.execute(name, id=job_id), as_json, lambda: iter(()))
 
 
 _job_command("job-pause", "Have JOB wait.")
@@ -395,17 +395,17 @@ _job_command("job-dismiss", "Forget JOB, which has concluded.")
 
 @ctl.command("job-set-speed")
 @click.argument("job_id", metavar="JOB")
-@click.argument("speed", type=_SizeType())
-@_json
+@click.argument("speed", type=SizeType())
+@json_option
 @click.pass_obj
 def job_set_speed(session: Session, job_id: str, speed: int, as_json: bool) -> None:
     """Have JOB do SPEED bytes a second at most; 0: as many as it can."""
-    _print(session.execute("block-job-set-speed", id=job_id, speed=speed), as_json, lambda: iter(()))
+    print_answer(session.execute("block-job-set-speed", id=job_id, speed=speed), as_json, lambda: iter(()))
 
 
 @ctl.command("quit")
-@_json
+@json_option
 @click.pass_obj
 def quit_(session: Session, as_json: bool) -> None:
     """Stop the server: what was accepted is finished."""
-    _print(session.execute("quit"), as_json, lambda: iter(()))
+    print_answer(session.execute("quit"), as_json, lambda: iter(()))

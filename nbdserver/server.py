@@ -33,7 +33,7 @@ from nbdserver.files import FileOpener, Files, block_limits
 from nbdserver.graph import Graph, Leaf, Use, execute, execute_leaf, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, StartTls, TlsMode, Unavailable
 from nbdserver.jobs import Jobs
-from nbdserver.layer import Layer, finish
+from nbdserver.layer import ALLOCATION_DEPTH, Layer, finish
 from nbdserver.limits import (
     DISK_MAX,
     DRAIN_TIMEOUT,
@@ -214,6 +214,20 @@ class Export:
     def describe(self, description: str) -> None:
         """Have clients told another description."""
         self.info = dataclasses.replace(self.info, description=description)
+
+    def offer(self, bitmaps: Bitmaps) -> None:
+        """Have clients that come from now on offered these bitmaps (see `contexts.Contexts`), and no others; whoever
+        has selected another gets errors. Nobody changes the graph meanwhile. Raises as `Contexts` does, with nothing
+        changed."""
+        contexts = Contexts(
+            self.root,
+            bitmaps,
+            allocation_depth=ALLOCATION_DEPTH in self.info.contexts,
+            read_only=self.info.read_only,
+        )
+        old, self._contexts = self._contexts, contexts
+        self.info = dataclasses.replace(self.info, contexts=contexts.names)
+        old.close()
 
     def resized(self) -> None:
         """The root has another size, in a drained section: clients learn of it when they connect again."""

