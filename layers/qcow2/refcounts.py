@@ -183,7 +183,7 @@ class Refcounts:
             used = self._first_used(start, start + count + len(missing))
             if used is None:
                 break
-            start = used + 1
+            start = self._next_free(used)
         self._check_free(start, count + len(missing))
         size = self._geometry.cluster_size
         if missing:
@@ -217,6 +217,18 @@ class Refcounts:
                 here = self._width.run(block.entries, index, here)
             start += here
         return None
+
+    def _next_free(self, start: int) -> int:
+        """The first cluster from ``start`` on that does not count as used; where a block is missing, none does."""
+        while True:
+            number, index = divmod(start, self._geometry.block_entries)
+            block = self._block(number)
+            if block is None:
+                return start
+            index = self._width.find_free(block.entries, index)
+            start = number * self._geometry.block_entries + index
+            if index < self._geometry.block_entries:
+                return start
 
     def give_back(self, start: int, count: int) -> None:
         """Free clusters that were taken and that nothing, in memory or in the file, has referred to since."""
