@@ -10,7 +10,7 @@ import pytest
 from nbdserver.reference import open_stack
 from tests.layers.qcow2_check import check
 from tests.layers.qcow2_kit import open_recorded
-from tests.serving import SEED, create
+from tests.serving import SEED, create, run
 
 KIB = 1024
 
@@ -50,3 +50,19 @@ def test_given_back_they_are_taken_again(tmp_path: Path) -> None:
         refcounts.give_back(start, 600)
     report = check(file.data)
     assert not report.errors and not report.leaks
+
+
+def test_clusters_in_use_are_passed_by_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full image has millions of them, and the first table that is allocated is looked for from the beginning."""
+    image = create(tmp_path / "image", 2048 * KIB, cluster_size=512)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 2M", image)
+    file, layer = open_recorded(image.read_bytes())
+    with open_stack(layer), layer._lock:
+        refcounts, steps = layer.writer.refcounts, list[int]()
+        whole = refcounts._first_used
+        monkeypatch.setattr(refcounts, "_first_used", lambda start, stop: steps.append(start) or whole(start, stop))
+        start = refcounts.take_contiguous(3)
+        assert start * 512 > 2048 * KIB
+        assert len(steps) < 4, "in so many steps behind more than 4096 clusters"
+        refcounts.give_back(start, 3)
+    assert not check(file.data).leaks
