@@ -38,7 +38,9 @@ class CopyOnRead(Layer):
 
     is_filter: ClassVar[bool] = True
     supported_read_flags: ClassVar[Flag] = Flag.COPY_ON_READ | Flag.PREFETCH
-    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    supported_write_flags: ClassVar[Flag] = (
+        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
+    )
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: it is filled from below, and written into the image",
         write="keeps: the image is given it",

@@ -28,7 +28,7 @@ class DetectZeroes(Layer):
     detect_zeroes: Literal["off", "on", "unmap"] = "on"
 
     is_filter: ClassVar[bool] = True
-    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="keeps: what is not all zeroes is passed on; zeroes become a zero request, which has no memory",
@@ -53,7 +53,8 @@ class DetectZeroes(Layer):
             finish(self.file.write(request))
             return
         unmap = Flag.MAY_UNMAP if self.detect_zeroes == "unmap" else Flag.NONE
-        finish(self.file.zero(Request.zero(request.offset, request.length, request.asked_flags | unmap)))
+        flags = request.asked_flags & ~Flag.WRITE_COMPRESSED | unmap
+        finish(self.file.zero(Request.zero(request.offset, request.length, flags)))
 
     def resize(self, size: int) -> None:
         self.file.resize(size)

@@ -17,7 +17,8 @@ from typing import ClassVar
 
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Extent, Intent, Limit, Meter, MeterLimits, Size
-from nbdserver.layer import Layer, Opener
+from nbdserver.layer import Buffers, Layer, Opener, finish
+from nbdserver.request import Flag, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,6 +49,11 @@ class Throttle(Layer):
     iops_size: Size = 0
 
     is_filter: ClassVar[bool] = True
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.WRITE_COMPRESSED
+
+    buffers: ClassVar[Buffers] = Buffers(
+        read="none: always mapped", write="keeps: mapped, or passed on to be compressed", zero="none: always mapped"
+    )
 
     def open(self, opener: Opener) -> None:
         for group in ("bps", "iops"):
@@ -92,6 +98,11 @@ class Throttle(Layer):
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return ((offset, length),)
+
+    def write(self, request: Request) -> None:
+        """Called for what is to be compressed below: everything else is mapped."""
+        self._meter.charge(request.length, True)
+        finish(self.file.write(request))
 
     def status(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         return self.file.status(context, offset, length)

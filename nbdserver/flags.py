@@ -9,8 +9,9 @@ FUA                                            emulated: the request, then a flu
 NO_FALLBACK                                    a zero request fails with ENOTSUP; no other operation has a fallback
 MAY_UNMAP, WRITE_UNCHANGED, PREFETCH           dropped: each only permits something that the layer then does not do
 ZERO_WRITE                                     dropped from a zero request, which is one; elsewhere refused
-COPY_ON_READ, WRITE_COMPRESSED, SERIALISING,   refused (EINVAL), naming layer and flag: who asks for one of these relies
-NO_WAIT, NO_QUEUE, and bits that are no flag   on it
+WRITE_COMPRESSED                               refused (ENOTSUP), naming layer and flag
+COPY_ON_READ, SERIALISING, NO_WAIT, NO_QUEUE,  refused (EINVAL), naming layer and flag: who asks for one of these relies
+and bits that are no flag                      on it
 ============================================== =====================================================================
 
 So it is in QEMU (block/io.c, bdrv_driver_pwritev, bdrv_co_do_pwrite_zeroes), but for what QEMU drops from writes in
@@ -44,7 +45,7 @@ def supported(layer: Layer, operation: Operation) -> Flag:
 
 def demanded(layer: Layer, request: Request) -> Flag:
     """The flags of ``request``, arriving at ``layer``, that only the layer's own code can honour, wherever its bytes
-    live. Raises RequestError (EINVAL) if it has not all of them.
+    live. Raises RequestError (EINVAL; ENOTSUP if all it cannot do is compress) if it has not all of them.
     """
     if not request.asked_flags:
         return Flag.NONE
@@ -53,7 +54,8 @@ def demanded(layer: Layer, request: Request) -> Flag:
     lacking = without(demands, supported(layer, request.operation))
     if lacking:
         raise RequestError(
-            errno.EINVAL, f"{layer.type} does not have the flag {names(lacking)} for {request.operation.value} requests"
+            errno.ENOTSUP if lacking == Flag.WRITE_COMPRESSED else errno.EINVAL,
+            f"{layer.type} does not have the flag {names(lacking)} for {request.operation.value} requests",
         )
     return demands
 

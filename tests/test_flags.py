@@ -63,7 +63,7 @@ LACKING: Final[dict[Flag, dict[Operation, str | int]]] = {
     Flag.ZERO_WRITE: {READ: errno.EINVAL, WRITE: errno.EINVAL, ZERO: "dropped", TRIM: errno.EINVAL},
     Flag.MAY_UNMAP: dict.fromkeys(Operation, "dropped"),
     Flag.FUA: {READ: "dropped", WRITE: "flush", ZERO: "flush", TRIM: "flush"},
-    Flag.WRITE_COMPRESSED: dict.fromkeys(Operation, errno.EINVAL),
+    Flag.WRITE_COMPRESSED: dict.fromkeys(Operation, errno.ENOTSUP),
     Flag.WRITE_UNCHANGED: dict.fromkeys(Operation, "dropped"),
     Flag.SERIALISING: dict.fromkeys(Operation, errno.EINVAL),
     Flag.NO_FALLBACK: {READ: "dropped", WRITE: "dropped", ZERO: errno.ENOTSUP, TRIM: "dropped"},

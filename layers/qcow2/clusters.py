@@ -95,6 +95,8 @@ class Geometry:
         #: How much of the disk an L2 table maps.
         self.table_span = self.cluster_size * self.l2_entries
         self.refcount_bits = 1 << refcount_order
+        #: Where compressed data must end: a descriptor's offset has no more bits, the other ones count its sectors.
+        self.compressed_end = 1 << 62 - (cluster_bits - 8)
         #: Refcounts in a refcount block, which is one cluster.
         self.block_entries = self.cluster_size * 8 // self.refcount_bits
         #: What is set in an entry that has a host cluster.
@@ -199,10 +201,14 @@ class Geometry:
 
         Specification: "Compressed Clusters Descriptor".
         """
-        shift = 62 - (self.cluster_bits - 8)
-        offset = entry & ((1 << shift) - 1)
-        more_sectors = (entry & (COMPRESSED - 1)) >> shift
+        offset = entry & (self.compressed_end - 1)
+        more_sectors = (entry & (COMPRESSED - 1)) // self.compressed_end
         return offset, (more_sectors + 1) * COMPRESSED_SECTOR - offset % COMPRESSED_SECTOR
+
+    def compressed_entry(self, offset: int, length: int) -> int:
+        """The (first word of the) entry for compressed bytes, fewer than a cluster has and below `compressed_end`."""
+        more_sectors = (offset + length - 1) // COMPRESSED_SECTOR - offset // COMPRESSED_SECTOR
+        return COMPRESSED | more_sectors * self.compressed_end | offset
 
     def _check_compressed(self, entry: int, start: int) -> None:
         """Raise BadEntry for an unusual entry that is no compressed cluster's."""
@@ -236,11 +242,18 @@ class Geometry:
         those of ``new`` do not, and to what."""
         named, width = self._placed | COMPRESSED, self.entry_words
         for index, (before, after) in enumerate(zip(old[::width], new[::width], strict=True)):
-            if before & named and (not after & named or (before ^ after) & (OFFSET_MASK | COMPRESSED)):
+            if before & named and self._names_another(before, after):
                 if before & COMPRESSED:
                     yield index, *self.compressed(before)
                 else:
                     yield index, before & OFFSET_MASK, self.cluster_size
+
+    def _names_another(self, before: int, after: int) -> bool:
+        """Whether ``after`` does not refer to what ``before`` refers to. Compressed data begins at any byte, so that of
+        its descriptor every bit counts."""
+        if (before | after) & COMPRESSED:
+            return before != after
+        return not after & self._placed or bool((before ^ after) & OFFSET_MASK)
 
     # -- what entries are made to say -------------------------------------------------------------------------------
 
@@ -262,6 +275,10 @@ class Geometry:
             assert not is_moved or not before & ALLOCATED_ALL & ~mask, "stored elsewhere, and not copied"
             linked[2 * index + 1] = (before | mask) & ~(mask << SUBCLUSTERS_COUNT)
         return linked
+
+    def packed(self, entry: int) -> array[int]:
+        """The L2 entry, as `compressed_entry` makes its first word: subclusters a compressed cluster has none."""
+        return array("Q", [entry, 0][: self.entry_words])
 
     def zeroed(self, words: array[int], start: int, end: int, *, unmap: bool) -> array[int]:
         """The L2 entries of the clusters that [start, end) touches, ``words`` so far, with these whole subclusters

@@ -1,4 +1,4 @@
-"""Compressed clusters: raw deflate or zstd, exactly one cluster out of each, whatever the bytes claim.
+"""Compressed clusters: raw deflate or zstd, exactly one cluster into and out of each, whatever the bytes claim.
 
 Specification: "Additional fields", compression_type; "Compressed Clusters Descriptor".
 """
@@ -6,12 +6,23 @@ Specification: "Additional fields", compression_type; "Compressed Clusters Descr
 from __future__ import annotations
 
 import io
+import threading
 import zlib
+from typing import Final
 
 import zstandard
 
 from layers.ondisk.qcow2 import COMPRESSION_ZSTD
 from layers.qcow2.limits import ZSTD_WINDOW_MAX
+
+#: What deflate looks back to, as a power of two: QEMU's decoder has no more than this.
+WINDOW_BITS: Final = 12
+
+#: zlib's and zstd's effort, QEMU's: most memory and the usual level; the usual level.
+MEMORY_LEVEL: Final = 9
+ZSTD_LEVEL: Final = 3
+
+_own = threading.local()
 
 
 class BadData(Exception):
@@ -30,6 +41,25 @@ def decompress(data: bytes, compression: int, cluster_size: int) -> bytes:
     if len(plain) != cluster_size:
         raise BadData(f"{len(plain)} bytes came out of it")
     return plain
+
+
+def compress(plain: bytes, compression: int) -> bytes | None:
+    """The bytes of a cluster, compressed as QEMU does it; None if that makes them no fewer."""
+    data = _zstd_compressor().compress(plain) if compression == COMPRESSION_ZSTD else _raw_deflate(plain)
+    return data if len(data) < len(plain) else None
+
+
+def _raw_deflate(plain: bytes) -> bytes:
+    compressor = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -WINDOW_BITS, MEMORY_LEVEL)
+    return compressor.compress(plain) + compressor.flush()
+
+
+def _zstd_compressor() -> zstandard.ZstdCompressor:
+    """This thread's: it keeps its memory from one cluster to the next, and serves one thread at a time."""
+    compressor: zstandard.ZstdCompressor | None = getattr(_own, "zstd", None)
+    if compressor is None:
+        compressor = _own.zstd = zstandard.ZstdCompressor(ZSTD_LEVEL)
+    return compressor
 
 
 def _deflate(data: bytes, cluster_size: int) -> bytes:

@@ -92,10 +92,11 @@ class Qcow2(Layer):
     allocation_ahead: Size = ALLOCATION_AHEAD_DEFAULT
 
     is_format: ClassVar[bool] = True
-    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK
+    supported_write_flags: ClassVar[Flag] = Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: compressed data is read into ordinary memory, and decompressed into the request's",
-        write="bounces: in a new cluster pool memory stands beside it, with what surrounds it there",
+        write="bounces: in a new cluster pool memory stands beside it, with what surrounds it there; compressed, "
+        "it lies in ordinary memory",
         zero="bounces: zeroes that must be stored are written out from pool memory",
     )
 
@@ -499,7 +500,10 @@ class Qcow2(Layer):
 
     def write(self, request: Request) -> None:
         with self._watch():
-            self.writer.write(request)
+            if Flag.WRITE_COMPRESSED in request.asked_flags:
+                self.writer.write_compressed(request)
+            else:
+                self.writer.write(request)
 
     def zero(self, request: Request) -> None:
         with self._watch():

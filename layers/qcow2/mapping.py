@@ -160,6 +160,10 @@ class WritableMapping(Mapping):
         """
         self._change(start, end, lambda words: self._geometry.linked(words, start, end, place), discard)
 
+    def link_compressed(self, start: int, entry: int, *, discard: bool) -> None:
+        """Have the cluster at ``start`` compressed, where ``entry`` says. ``discard``, errors: as `link`."""
+        self._change(start, start + self._geometry.cluster_size, lambda _: self._geometry.packed(entry), discard)
+
     def zero(self, start: int, end: int, *, unmap: bool, discard: bool) -> None:
         """Have the whole subclusters [start, end), within one L2 table, read as zeroes (in version 2: unallocated).
 

@@ -32,7 +32,7 @@ class Reader:
     ) -> None:
         self.storage, self.data, self.geometry, self.mapping = storage, data, header.geometry, mapping
         self.size, self.backing = header.size, backing
-        self._compression = header.compression
+        self.compression = header.compression
         self._lock = lock
         self._decompressed: OrderedDict[int, bytes] = OrderedDict()
 
@@ -109,8 +109,20 @@ class Reader:
                 vector.zero()
             done += extent.length
 
+    def remember(self, entry: int, plain: bytes) -> None:
+        """What the compressed cluster of a new L2 entry holds. Under the metadata lock.
+
+        Another that was in the same place may have had the same entry. Nobody can be reading that any more: clusters
+        of the disk are held for it, and its place was not free before all of them had lost it.
+        """
+        self._decompressed[entry] = plain
+        self._decompressed.move_to_end(entry)
+        while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):
+            self._decompressed.popitem(last=False)
+
     def _decompress(self, run: Run) -> bytes:
-        """The whole cluster. Compressed bytes are never changed in place, so that the L2 entry identifies them."""
+        """The whole cluster. Compressed bytes are never changed while an L2 entry names them, which so identifies
+        them."""
         with self._lock:
             known = self._decompressed.get(run.entry)
         if known is not None:
@@ -119,12 +131,10 @@ class Reader:
         length = min(length, self.storage.size - offset)  # the last sector may be cut off
         data = self.storage.file.pread(offset, length) if length > 0 else b""
         try:
-            plain = decompress(data, self._compression, self.geometry.cluster_size)
+            plain = decompress(data, self.compression, self.geometry.cluster_size)
         except BadData as bad:
             wanted = f"a cluster of compressed data at {offset:#x} ({bad})"
             raise self.mapping.bad_entry(run.start, f"{run.entry:#018x}", wanted).excused() from bad
         with self._lock:
-            self._decompressed[run.entry] = plain
-            while len(self._decompressed) > max(DECOMPRESSED_KEPT_MAX // len(plain), 1):
-                self._decompressed.popitem(last=False)
+            self.remember(run.entry, plain)
         return plain

@@ -51,6 +51,8 @@ class Refcounts:
         #: Where to look for free clusters next: all below it are in use or in ``_free``.
         self._cursor = 0
         self._free = FreeRuns()
+        #: Where the next compressed data goes, in a cluster with others of it; 0: to a new cluster.
+        self._tail = 0
         self._retired: list[Retired] = []
         self._retired_count = 0
 
@@ -145,6 +147,45 @@ class Refcounts:
         self._check_free(start, count)
         self._set(start, count, 1)
         return start, count
+
+    def take_bytes(self, length: int) -> int:
+        """Take ``length`` bytes, fewer than a cluster has, for compressed data, next to other such data if there is
+        room: where they begin. Each of the clusters that they are in counts one more.
+
+        Raises as `take`.
+        """
+        size, place = self._geometry.cluster_size, self._tail
+        room = -place % size
+        if room and self.get(place // size) == self.refcount_max:
+            room = 0
+        shared = range(place // size, place // size + (room > 0))
+        if room < length:
+            start, _ = self.take(1)
+            if not room or place + room != start * size:
+                place, shared = start * size, range(0)
+            try:
+                if (start + 1) * size > self._geometry.compressed_end:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self._storage.file.filename)
+                self._add(shared.start, shared.stop, 1)
+            except BaseException:
+                self.give_back(start, 1)
+                raise
+        else:
+            self._add(shared.start, shared.stop, 1)
+        end = place + length
+        self._tail = end if end % size else 0
+        return place
+
+    def give_back_bytes(self, place: int, length: int) -> None:
+        """Let go of bytes that were taken and that nothing has referred to since. They are free when their clusters
+        are."""
+        size = self._geometry.cluster_size
+        self.drop(place // size, (place + length - 1) // size + 1, 1)
+
+    def _abandon_tail(self, start: int, stop: int) -> None:
+        """Put nothing more into the clusters [start, stop)."""
+        if start <= self._tail // self._geometry.cluster_size < stop:
+            self._tail = 0
 
     def share(self, start: int, stop: int, times: int) -> None:
         """Raise the refcounts of the clusters [start, stop) by ``times``. Raises OSError; ImageError, with nothing
@@ -261,6 +302,7 @@ class Refcounts:
             self._set(first, end - first, max(refcount - times, 0))
             if refcount > times:
                 continue
+            self._abandon_tail(first, end)
             self._occupied.remove(first, end - first)
             self._storage.freed(first * self._geometry.cluster_size, (end - first) * self._geometry.cluster_size)
             if first < self._cursor:
@@ -398,8 +440,14 @@ class Refcounts:
     # -- writing back -----------------------------------------------------------------------------------------------
 
     def cut(self, cut: Cut, *, lag: bool = False) -> None:
-        """Give all that the file lacks to ``cut``, or with ``lag`` nothing; and all that is retired."""
+        """Give all that the file lacks to ``cut``, or with ``lag`` nothing; and all that is retired.
+
+        What is retired is going to be free, and discarded, unless it counts more than that now: so no more compressed
+        data is put beside it.
+        """
         cut.retired, self._retired, self._retired_count = self._retired, [], 0
+        for run in cut.retired:
+            self._abandon_tail(run.start, run.stop)
         if lag:
             return
         for block in self._cache.changed():

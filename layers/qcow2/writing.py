@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from layers.qcow2.clusters import Kind, Run
+from layers.qcow2.compression import compress
 from layers.qcow2.host import DataFile, Host
 from layers.qcow2.limits import ALLOCATION_AHEAD_MAX, ZEROES_INLINE_MAX
 from layers.qcow2.mapping import WritableMapping
@@ -329,6 +330,53 @@ class Writer:
             self._reader.read_run(run, Request.read(first, vector.slice(first - start, on_disk - first)))
             vector.slice(on_disk - start, stop - on_disk).zero()
         return vector
+
+    # -- compressed -------------------------------------------------------------------------------------------------
+
+    def write_compressed(self, request: Request) -> None:
+        """Write whole clusters, at the end of the disk as far as it goes. Those that compression makes no smaller are
+        written as they are.
+
+        EINVAL for parts of clusters, ENOTSUP if guest data is in an external data file: as in QEMU.
+        """
+        size = self._geometry.cluster_size
+        if self._data_file is not None:
+            raise RequestError(errno.ENOTSUP, "nothing is compressed in an external data file")
+        if request.offset % size or (request.end % size and request.end != self._reader.size):
+            raise RequestError(
+                errno.EINVAL,
+                f"compressed is what has whole clusters of {size}, not {request.length} bytes at {request.offset:#x}",
+            )
+        for part in request.pieces(size):
+            self._relieve()
+            plain = part.vector.tobytes().ljust(size, b"\0")
+            data = compress(plain, self._reader.compression)
+            with self._held(part):
+                if data is None:
+                    self._write(part)  # and nothing is allocated ahead: what follows may well be compressed
+                else:
+                    self._pack(part, plain, data)
+
+    def _pack(self, part: Request, plain: bytes, data: bytes) -> None:
+        """Have the cluster ``part``, which is held, be ``plain``, compressed to ``data``."""
+        with self._lock:
+            self._order.check()
+            self._mapping.own(part.offset // self._geometry.table_span)
+            place = self.refcounts.take_bytes(len(data))
+        is_linked = False
+        try:
+            self._host.reserve(place, len(data))
+            finish(self._data.file.write(Request.write(place, Vector.of(data))))
+            with self._lock:
+                entry = self._geometry.compressed_entry(place, len(data))
+                self._mapping.link_compressed(part.offset, entry, discard=self._discard.other)
+                is_linked = True
+                self._reader.remember(entry, plain)
+                self._announce(part.offset, part.end)
+        finally:
+            if not is_linked:
+                with self._lock:
+                    self.refcounts.give_back_bytes(place, len(data))
 
     # -- zero and trim ----------------------------------------------------------------------------------------------
 

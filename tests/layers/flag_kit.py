@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from layers.blkverify import Blkverify
+from layers.compress import Compress
 from layers.copy_before_write import CopyBeforeWrite
 from layers.copy_on_read import CopyOnRead
 from layers.detect_zeroes import DetectZeroes
@@ -114,6 +115,13 @@ class Growing(Spy):
         self.file.resize(size)
 
 
+class Compressing(Growing):
+    """A spy on what can compress."""
+
+    is_filter: ClassVar[bool] = True
+    supported_write_flags: ClassVar[Flag] = Growing.supported_write_flags | Flag.WRITE_COMPRESSED
+
+
 def memory() -> Spy:
     return Spy(Memory(MIB))
 
@@ -126,6 +134,12 @@ def _on(kind: Callable[..., Layer], count: int = 1) -> Stack:
 
 def _copy_on_read(directory: Path) -> Stack:
     return _above(CopyOnRead, Qcow2(File(str(_chain(directory)))))
+
+
+def _compress(directory: Path) -> Stack:
+    spy = Compressing(Qcow2(File(str(_chain(directory)))))
+    layer = Compress(spy)
+    return Stack(layer, layer, [spy])
 
 
 def _chain(directory: Path) -> Path:
@@ -179,6 +193,7 @@ def _internal_snapshot(directory: Path) -> Stack:
 #: A stack for every layer that stands on others.
 STACKS: dict[str, Callable[[Path], Stack]] = {
     "blkverify": lambda directory: _on(Blkverify, 2),
+    "compress": _compress,
     "copy-before-write": _copy_before_write,
     "copy-on-read": _copy_on_read,
     "detect-zeroes": lambda directory: _on(DetectZeroes),

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import zstandard
+
 from tests.layers import bitmap_kit
 
 COPIED = 1 << 63
@@ -46,6 +48,7 @@ class Image:
         self.cluster = 1 << self.bits
         features = struct.unpack_from(">Q", data, 72)[0] if self.version == 3 else 0
         self.has_data_file, self.extended = bool(features & 4), bool(features & 16)
+        self.is_zstd = bool(features & 8)
         self.is_raw = self.version == 3 and bool(struct.unpack_from(">Q", data, 88)[0] & 2)
         #: How many parts of a cluster have a state of their own.
         self.parts = 32 if self.extended else 1
@@ -198,7 +201,7 @@ def snapshots(data: bytes | bytearray, backing: bytes = b"") -> dict[str, bytes]
 
 
 def read(data: bytes | bytearray, backing: bytes = b"", data_file: bytes | bytearray | None = None) -> bytes:
-    """The whole disk; compressed clusters are deflate."""
+    """The whole disk."""
     image = Image(data)
     assert image.has_data_file == (data_file is not None)
     guest = data if data_file is None else data_file
@@ -215,7 +218,7 @@ def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes,
                 break
             if entry & COMPRESSED:
                 offset, length = image.compressed(entry)
-                disk += zlib.decompressobj(-15).decompress(bytes(image.data[offset : offset + length]), image.cluster)
+                disk += _decompressed(bytes(image.data[offset : offset + length]), image)
                 continue
             for part in range(image.parts):
                 place = (entry & PLACE) + part * unit
@@ -226,3 +229,9 @@ def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes,
                 else:
                     disk += below[len(disk) : len(disk) + unit].ljust(unit, b"\0")
     return bytes(disk[:size]).ljust(size, b"\0")
+
+
+def _decompressed(data: bytes, image: Image) -> bytes:
+    if image.is_zstd:
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return zlib.decompressobj(-12).decompress(data, image.cluster)  # QEMU's window

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdserver.reference import open_stack
+from layers.compress import Compress
+from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Flag
 from tests.layers.qcow2_check import check, read
 from tests.layers.qcow2_kit import SECTOR, Drive, History, crash_states, crash_states_of, open_recorded, stamp
@@ -45,6 +46,8 @@ class Scenario:
     longest: int = 8
     #: Whether the refcount table is relocated.
     grows: bool = False
+    #: Whether half of the writes are compressed.
+    compresses: bool = False
 
 
 EXTENDED: dict[str, object] = {"extended_l2": "on"}
@@ -65,6 +68,17 @@ SCENARIOS = [
     Scenario("snapshot, 4k", 4096, 256 * KIB, before=("write -P 1 0 200k",), snapshot=True),
     Scenario("backing file", 1024, 128 * KIB, backing=99 * KIB + 512),
     Scenario("compressed", 1024, 128 * KIB, before=("write -P 1 0 40k", "write -P 2 64k 33k"), compress=True),
+    Scenario("compressing", 1024, 128 * KIB, compresses=True, longest=3),
+    Scenario("compressing, 4k", 4096, 256 * KIB, before=BEFORE, compress=True, compresses=True, longest=3),
+    Scenario("compressing, snapshot", 1024, 128 * KIB, before=BEFORE, snapshot=True, compresses=True),
+    Scenario(
+        "compressing, zstd, subclusters", 16 * KIB, 256 * KIB, {**EXTENDED, "compression_type": "zstd"},
+        compresses=True, longest=3, states=100,
+    ),
+    Scenario(
+        "compressing, narrow refcounts", 2048, 128 * KIB, {"refcount_bits": 2}, compresses=True,
+        layer={"pass_discard_other": True, "l2_cache_size": 0},
+    ),
     Scenario("preallocated", 1024, 128 * KIB, {"preallocation": "metadata"}),
     Scenario("little cache", 512, 256 * KIB, layer={"l2_cache_size": 0, "refcount_cache_size": 0}),
     Scenario("all discarded", 1024, 128 * KIB, layer={"pass_discard_other": True}),
@@ -107,10 +121,12 @@ def test_crash_states_are_sound_and_hold_what_was_flushed(scenario: Scenario, tm
     content = read(initial, below, data_file)
     file, layer = open_recorded(initial, data_file, backing=_backing(below), **scenario.layer)
     initials = [initial] if data_file is None else [initial, data_file]
-    with open_stack(layer) as disk:
+    with open_stack(Compress(layer) if scenario.compresses else layer) as disk:
         ends = [file.data] if data_file is None else [file.data, layer.data_file.layer.data]  # type: ignore[union-attr]
         drive = Drive(file, disk, content, pick, scenario.cluster)
         for _ in range(scenario.steps):
+            if scenario.compresses:
+                drive.disk = pick.choice((disk, Reference(layer)))
             drive.step(longest=scenario.longest)
     assert not check(file.data).errors and not check(file.data).leaks, "after closing"
     assert read(ends[0], below, *ends[1:]) == drive.model
