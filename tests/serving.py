@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 def tcp(request: pytest.FixtureRequest) -> bool:
     """Over a Unix socket, then over TCP."""
     return bool(request.param == "tcp")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory, for what is written and synced a thousand times."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="nbdserver-", dir=place) as directory:
+        yield Path(directory)
 
 
 def run(*command: str | os.PathLike[str], status: int = 0, timeout: float = 120, **options: Any) -> str:

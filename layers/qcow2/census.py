@@ -33,6 +33,7 @@ from layers.ondisk.qcow2 import (
     REFCOUNT_TABLE_RESERVED,
     ZERO,
 )
+from layers.qcow2.clusters import equal_length
 from layers.qcow2.findings import Findings, Unchecked
 from layers.qcow2.limits import CHECKED_MISPLACED_MAX
 from layers.qcow2.places import Place, bitmaps, encryption, snapshots
@@ -49,18 +50,26 @@ STEPS: Final = (4096, 256, 16)
 #: Entries that are many enough to be looked at all at once.
 MANY: Final = 16
 
+#: How an entry of an L2 table is named.
+ENTRY: Final = "L2 table at %#x, entry %d is %#018x"
+
 #: Bits of an extended entry's bitmap: what is allocated.
 ALLOCATED: Final = 0xFFFF_FFFF
 
 
 class Run(NamedTuple):
     """``span`` L2 entries from number ``at`` on, the first of which is ``entry``: they name contiguous host clusters,
-    or there is but one. ``bitmap`` is their second half, where entries are extended."""
+    or there is but one. ``bitmap`` is their second half, where entries are extended.
+
+    One that names no aligned host cluster is there ``times`` times in a row, all of it the same: a table that was
+    overwritten is mostly that.
+    """
 
     at: int
     span: int
     entry: int
     bitmap: int = 0
+    times: int = 1
 
 
 class Window:
@@ -73,11 +82,10 @@ class Window:
         self.stored = bytearray(stop - start)
         self.is_first = start == 0
         for number in range(start // subject.per_block, -(-stop // subject.per_block)):
-            known = subject.refcounts_of(number)
             first = number * subject.per_block - start
             count = min(subject.per_block, stop - start - first)
-            if known:
-                self.stored[first : first + count] = known[:count]
+            if known := subject.refcounts_of(number, count):
+                self.stored[first : first + count] = known
 
 
 class Census:
@@ -120,42 +128,39 @@ class Census:
         self._refer(place, times)
         misplaced = 0
         there = max(min(place.length, self._subject.size - place.offset), 0)  # behind it there would be zeroes
-        for index, entry in enumerate(self._subject.entries(place.offset, -(-there // 8))):
-            if not entry:
-                continue
+        for index, entry, alike in repeated(self._subject.entries(place.offset, -(-there // 8))):
+            which, named = (place.what, index, entry), times * alike
             if entry & L1_RESERVED:
-                self._findings.corrupt(f"{place.what}, entry {index} is {entry:#018x}: reserved bits", times)
+                self._findings.corrupt("%s, entry %d is %#018x: reserved bits", named, which)
             table = entry & OFFSET_MASK
             if table % self._subject.cluster_size:
-                self._findings.corrupt(f"{place.what}, entry {index} names {table:#x}: not aligned to clusters", times)
+                self._findings.corrupt("%s, entry %d is %#018x: not aligned to clusters", named, which)
                 misplaced += self._subject.cluster_size
                 if misplaced > CHECKED_MISPLACED_MAX:
                     continue
             if is_active and table:
                 copied, refcount = bool(entry & COPIED), self._subject.refcount(table >> self._subject.cluster_bits)
                 if _is_wrong(copied, refcount):
-                    self._findings.miscopied(f"{place.what}, entry {index} is {entry:#018x}: {_copied(copied)}", 1)
+                    self._findings.miscopied(f"%s, entry %d is %#018x: {_copied(copied)}", alike, which)
             if not self._is_within(table, self._subject.cluster_size):
-                self._outside(f"{place.what}, entry {index}", table, times)
+                self._findings.corrupt("%s, entry %d is %#018x: behind the end of the file", named, which)
                 continue  # it reads as zeroes
-            self.tables[table] += times
+            self.tables[table] += named
             if is_active:
-                self.active[table] += times
+                self.active[table] += named
 
     def _refer(self, place: Place, times: int = 1) -> None:
         if not place.length:
             return
         if not self._is_within(place.offset, place.length):
-            self._outside(place.what, place.offset, times)
+            text = f"{place.what}: {place.offset:#x} is behind the end of the file, {self._subject.size:#x}"
+            self._findings.corrupt(text, times)
             return
         self.places.extend([place] * times)
 
     def _is_within(self, offset: int, length: int) -> bool:
         """Whether a range is in the file; the last cluster of that may be cut off."""
         return offset + length - self._subject.size < self._subject.cluster_size
-
-    def _outside(self, what: str, offset: int, times: int) -> None:
-        self._findings.corrupt(f"{what}: {offset:#x} is behind the end of the file, {self._subject.size:#x}", times)
 
     # -- counting ---------------------------------------------------------------------------------------------------
 
@@ -177,20 +182,23 @@ class Census:
         """Count the refcount blocks, each of which must be all by itself in its cluster."""
         subject, findings = self._subject, self._findings if window.is_first else Findings()
         end = subject.clusters
-        for number, entry in enumerate(subject.table):
-            what = f"refcount table, entry {number} is {entry:#018x}"
+        for number, entry, alike in repeated(subject.table):
+            what, which = "refcount table, entry %d is %#018x: ", (number, entry)
             place = subject.block_place(number)
             cluster = place >> subject.cluster_bits
             if entry & REFCOUNT_TABLE_RESERVED or place % subject.cluster_size:
-                findings.corrupt(f"{what}: {'reserved bits' if entry & REFCOUNT_TABLE_RESERVED else 'not aligned'}")
+                wrong = "reserved bits" if entry & REFCOUNT_TABLE_RESERVED else "not aligned"
+                findings.corrupt(what + wrong, alike, which)
                 findings.rebuild = True
             elif cluster >= end:
-                findings.corrupt(f"{what}: behind the end of the file, {subject.size:#x}")
+                findings.corrupt(what + "behind the end of the file", alike, which)
                 findings.has_stray = True
-            elif place and window.start <= cluster < window.stop:
-                window.tally.add(cluster, cluster + 1, 1)
-                if min(window.tally.get(cluster), subject.refcounts.most) != 1:
-                    self._findings.corrupt(f"{what}: something else is there too")
+            elif window.start <= cluster < window.stop:
+                is_first = window.tally.is_empty(cluster, cluster + 1)
+                window.tally.add(cluster, cluster + 1, alike)
+                shared = alike - is_first if subject.refcounts.most > 1 else 0
+                if shared:
+                    self._findings.corrupt(what + "something else is there too", shared, which)
                     self._findings.rebuild = True
 
 
@@ -215,30 +223,32 @@ class _Counting:
         if self._scattered(table, times, active if place else 0):
             return
         for run in table.runs():
+            named, alike = times * run.times, active * run.times
             if run.entry & COMPRESSED:
-                self._compressed(run, place, times, active)
+                self._compressed(run, place, named, alike)
                 continue
             if run.entry & L2_RESERVED:
-                self._wrong(run, place, "reserved bits", times)
+                self._wrong(run, place, "reserved bits", named)
             if not has_host_cluster(subject, run.entry):
                 if run.bitmap & ALLOCATED:
-                    self._wrong(run, place, "allocated subclusters without a cluster", times)
+                    self._wrong(run, place, "allocated subclusters without a cluster", named)
                 continue
             if run.bitmap >> 32 & run.bitmap:
-                self._wrong(run, place, "subclusters that are both allocated and zero", times * run.span)
+                self._wrong(run, place, "subclusters that are both allocated and zero", named * run.span)
             offset = run.entry & OFFSET_MASK
             if offset & (self._size - 1):
-                self._wrong(run, place, "not aligned to clusters", times)
+                self._wrong(run, place, "not aligned to clusters", named)
                 findings.has_idle |= is_idle(subject, run)
             if active:
-                findings.result.allocated_clusters += active * run.span
+                findings.result.allocated_clusters += alike * run.span
                 if behind and offset != behind:
                     findings.result.fragmented_clusters += active
+                findings.result.fragmented_clusters += active * (run.times - 1)
                 behind = offset + run.span * self._size
                 if place:  # an L1 entry that names the header is wrong for other reasons
-                    self._copied(run, place, active)
+                    self._copied(run, place, alike)
             if not subject.has_data_file:
-                self._data(run, place, offset, times)
+                self._data(run, place, offset, named)
 
     def _scattered(self, table: L2Table, times: int, active: int) -> bool:
         """Count a table all of whose clusters are plain, alike and in this window, but one here and one there. Whether
@@ -262,8 +272,7 @@ class _Counting:
     def _data(self, run: Run, place: int, offset: int, times: int) -> None:
         within = min(max(-(-(self._subject.size - offset) // self._size), 0), run.span)
         if within < run.span:
-            text = f"{offset + within * self._size:#x} is behind the end of the file, {self._subject.size:#x}"
-            self._wrong(run, place, text, times * (run.span - within))
+            self._wrong(run, place, "behind the end of the file", times * (run.span - within))
         if within:
             self.refer(offset, within * self._size, times)
 
@@ -278,7 +287,7 @@ class _Counting:
             return
         offset, length = self._subject.header.geometry.compressed(run.entry & ~COPIED)
         if offset + length - self._subject.size >= self._size:
-            self._wrong(run, place, f"{offset:#x} is behind the end of the file, {self._subject.size:#x}", times)
+            self._wrong(run, place, "compressed data behind the end of the file", times)
         else:
             self.refer(offset, length, times)
         result = self._findings.result
@@ -289,14 +298,11 @@ class _Counting:
     def _copied(self, run: Run, place: int, times: int) -> None:
         wrong = len(miscopied(self._subject, self._window, run))
         if wrong:
-            text = f"{self._entry(run, place)}: {_copied(bool(run.entry & COPIED))} ({wrong} of {run.span})"
-            self._always.miscopied(text, times * wrong)
+            text = f"{ENTRY}: {_copied(bool(run.entry & COPIED))} (%d of %d)"
+            self._always.miscopied(text, times * wrong, (place, run.at, run.entry, wrong, run.span))
 
     def _wrong(self, run: Run, place: int, text: str, times: int) -> None:
-        self._findings.corrupt(f"{self._entry(run, place)}: {text}", times)
-
-    def _entry(self, run: Run, place: int) -> str:
-        return f"L2 table at {place:#x}, entry {run.at} is {run.entry:#018x}"
+        self._findings.corrupt(f"{ENTRY}: {text}", times, (place, run.at, run.entry))
 
 
 def _copied(copied: bool) -> str:
@@ -380,13 +386,17 @@ class L2Table:
         at = 0
         while found := SOMETHING.search(self._data, at * subject.entry_size):
             at = found.start() // subject.entry_size
-            entry, bitmap, span = entries[at], bitmaps[at] if bitmaps else 0, 1
+            entry, bitmap, span, times = entries[at], bitmaps[at] if bitmaps else 0, 1, 1
             if self._is_named(entry):
                 span = _contiguous(entries, at, subject.cluster_size)
                 if bitmaps:
                     span = next((index for index in range(1, span) if bitmaps[at + index] != bitmap), span)
-            yield Run(at, span, entry, bitmap)
-            at += span
+            elif at + 1 < len(entries) and entries[at + 1] == entry:
+                times = equal_length(entries, at)
+                if bitmaps:
+                    times = min(times, equal_length(bitmaps, at))
+            yield Run(at, span, entry, bitmap, times)
+            at += span * times
 
     def plain(self, stop: int) -> list[int] | None:
         """The host clusters that the entries name, in order, if they name plain ones below ``stop`` and say nothing
@@ -408,6 +418,16 @@ class L2Table:
         if any(part.count(0) != len(part) for part in low):
             return None
         return [entry - flag >> subject.cluster_bits for entry in used]
+
+
+def repeated(table: array[int]) -> Iterator[tuple[int, int, int]]:
+    """(index, entry, how often it is there in a row) of the entries of a table that are not 0."""
+    data, at = table.tobytes(), 0
+    while found := SOMETHING.search(data, at * 8):
+        at = found.start() // 8
+        alike = equal_length(table, at) if table[at : at + 2] == table[at : at + 1] * 2 else 1
+        yield at, table[at], alike
+        at += alike
 
 
 def read_l2(subject: Subject, place: int) -> L2Table:

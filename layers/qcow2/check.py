@@ -70,7 +70,7 @@ def _compare(subject: Subject, window: Window, findings: Findings) -> None:
     highest = -1
     for first, count in blocks(subject, window.start, stop):
         try:
-            block = subject.block(first // subject.per_block)
+            block = subject.block(first // subject.per_block, count)
         except Misplaced:
             findings.unread(f"refcounts of clusters {first} to {first + count - 1}: the block is misplaced", count)
             continue
@@ -89,7 +89,7 @@ def _compare_block(
     counted = refcounts.encode(tally, first, first + count)
     if block is not None and block.startswith(counted):
         return first + len(tally.small(first, first + count).rstrip(b"\0")) - 1
-    stored = refcounts.decode(block or bytes(subject.cluster_size), count)
+    stored = refcounts.decode(block or bytes(refcounts.length(count)), count)
     references = [min(value, refcounts.most) for value in tally.values(first, first + count)]
     at, highest = first, -1
     for (refcount, wanted), run in itertools.groupby(zip(stored, references, strict=True)):

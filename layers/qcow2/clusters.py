@@ -188,7 +188,7 @@ class Geometry:
         if entry & COMPRESSED:
             return 1
         if not entry & self._placed:
-            return _equal_length(entries, start)
+            return equal_length(entries, start)
         index, stop = start + 1, len(entries)
         expected = entry + self.cluster_size
         while index < stop and entries[index] == expected:
@@ -357,7 +357,7 @@ class BadEntry(Exception):
         self.found = f"{entry:#018x}" if bitmap is None else f"{entry:#018x} with bitmap {bitmap:#018x}"
 
 
-def _equal_length(entries: array[int], start: int) -> int:
+def equal_length(entries: array[int], start: int) -> int:
     """How many entries from ``start`` on equal the first of them. What is empty is mostly empty to the end of its
     table, and who allocates there asks at every write: so longer and longer pieces are compared at once."""
     index, stop, piece = start + 1, len(entries), 16

@@ -24,15 +24,15 @@ class Findings:
         #: Whether the check ended before everything was counted.
         self.is_cut_short = False
 
-    def corrupt(self, message: str, times: int = 1) -> None:
-        """An error that means wrong data, or danger of it."""
+    def corrupt(self, message: str, times: int = 1, values: tuple[object, ...] = ()) -> None:
+        """An error that means wrong data, or danger of it. ``message % values`` says which."""
         self.result.corruptions += times
-        self.tell(message)
+        self.tell(message, values)
 
-    def miscopied(self, message: str, times: int) -> None:
+    def miscopied(self, message: str, times: int, values: tuple[object, ...]) -> None:
         """Flags COPIED that refcounts contradict."""
         self.copied += times
-        self.corrupt(message, times)
+        self.corrupt(message, times, values)
 
     def leaked(self, message: str, times: int) -> None:
         """Space that is lost."""
@@ -44,11 +44,11 @@ class Findings:
         self.result.check_errors += times
         self.tell(message)
 
-    def tell(self, message: str) -> None:
-        """Words, as long as there is room for them."""
+    def tell(self, message: str, values: tuple[object, ...] = ()) -> None:
+        """Words, as long as there is room for them, and put together only then: garbage is wrong at every entry."""
         messages = self.result.messages
         if len(messages) < FINDINGS_COUNT_MAX:
-            messages.append(message)
+            messages.append(message % values if values else message)
         elif len(messages) == FINDINGS_COUNT_MAX:
             messages.append("and more, of which nothing is said")
 

@@ -79,12 +79,17 @@ CHECKED_COUNT: Final = 1 << 25
 #: The most clusters of a file that can be checked: as QEMU, which counts them in an int. 128 TiB at 64 KiB clusters.
 CHECKED_COUNT_MAX: Final = (1 << 31) - 1
 
-#: Refcount blocks that a check keeps for looking up single refcounts.
-CHECKED_BLOCKS_COUNT: Final = 64
+#: Pages of the file, of 4 KiB, that a check keeps for looking up single numbers: refcounts of 128 GiB, where they have
+#: 16 bits and clusters 64 KiB.
+CHECKED_PAGES_COUNT: Final = 1024
 
-#: How much of L2 tables that are not aligned to clusters is looked into, for each L1 table: as much as there can be by
-#: accident. They may overlap, so that in all they can be thousands of times as long as the file.
-CHECKED_MISPLACED_MAX: Final = 64 * MIB
+#: Refcounts of clusters behind the end of the file that are looked up, each of them somewhere else at worst: more than
+#: there are by accident. What counts those that are further on is anyhow wrong.
+CHECKED_STRAYS_COUNT: Final = 4096
+
+#: How much of L2 tables that are not aligned to clusters is looked into, for each L1 table: two of the longest, as much
+#: as there can be by accident. They may overlap, so that in all they can be thousands of times as long as the file.
+CHECKED_MISPLACED_MAX: Final = 4 * MIB
 
 #: Findings of a check that are told in words. Nobody reads more.
 FINDINGS_COUNT_MAX: Final = 1000

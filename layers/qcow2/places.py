@@ -38,7 +38,7 @@ def snapshots(subject: Subject, findings: Findings) -> tuple[Place, list[Place]]
     for number in range(subject.header.snapshots_count):
         what = f"snapshot table, entry {number}"
         offset = -(-offset // 8) * 8
-        fields = SnapshotFields._make(SNAPSHOT.unpack(subject.read(offset, SNAPSHOT.size)))
+        fields = SnapshotFields._make(SNAPSHOT.unpack(subject.peek(offset, SNAPSHOT.size)))
         if fields.extra_data_size > SNAPSHOT_EXTRA_DATA_MAX:
             raise _error(subject, f"{what}: extra data", offset + 36, fields.extra_data_size, SNAPSHOT_EXTRA_DATA_MAX)
         if subject.header.version >= 3 and fields.extra_data_size < EXTRA_DATA_MIN:

@@ -41,7 +41,7 @@ from layers.ondisk.qcow2 import (
     ZERO,
 )
 from layers.qcow2.cache import SECTOR
-from layers.qcow2.census import ALLOCATED, Census, is_idle, miscopied, read_l2
+from layers.qcow2.census import ALLOCATED, Census, is_idle, miscopied, read_l2, repeated
 from layers.qcow2.check import blocks, examine, part_of, windows, windows_count
 from layers.qcow2.findings import Findings
 from layers.qcow2.header import read_header
@@ -167,7 +167,7 @@ class _Repairs:
             census.count(window, part_of(progress, part, windows_count(subject, behind)))
             stop = min(window.stop, subject.clusters)
             for first, count in blocks(subject, window.start, stop):
-                block = subject.block(first // subject.per_block)
+                block = subject.block(first // subject.per_block, count)
                 if block is not None:
                     self._recount_block(subject, window.tally, block, first, count)
         self._sync()
@@ -176,7 +176,8 @@ class _Repairs:
         refcounts = subject.refcounts
         if block.startswith(refcounts.encode(tally, first, first + count)):
             return
-        stored = refcounts.decode(block, subject.per_block)
+        # The last byte may count clusters behind the end of the file, too: as it does now.
+        stored = refcounts.decode(block, len(block) * 8 // refcounts.bits)
         wanted = [min(value, refcounts.most) for value in tally.values(first, first + count)]
         if self._repair is Repair.LEAKS:
             wanted = [min(pair) for pair in zip(stored, wanted, strict=False)]
@@ -216,7 +217,8 @@ class _Repairs:
                 offset = run.entry & OFFSET_MASK
                 if offset % subject.cluster_size and not run.entry & COMPRESSED and is_idle(subject, run):
                     bitmap = (run.bitmap | run.bitmap << 32) & ~ALLOCATED if subject.is_extended else None
-                    table.set(run.at, 0 if subject.is_extended else ZERO, bitmap)
+                    for index in range(run.at, run.at + run.times):
+                        table.set(index, 0 if subject.is_extended else ZERO, bitmap)
             if table.changed and guard.allows(place):
                 table.write(self._file)
         self._sync()
@@ -230,7 +232,8 @@ class _Repairs:
                 table = _Table(subject, place)
                 for run in read_l2(subject, place).runs():
                     for index in miscopied(subject, window, run):
-                        table.set(run.at + index, table.entry(run.at + index) ^ COPIED)
+                        for each in range(run.at + index, run.at + index + run.times):
+                            table.set(each, table.entry(each) ^ COPIED)
                 if table.changed and guard.allows(place):
                     table.write(self._file)
                     self.copied_fixed += len(table.changed) * census.active[place]
@@ -242,11 +245,11 @@ class _Repairs:
     def _correct_l1(self, subject: Subject) -> None:
         header = subject.header
         table = _Table(subject, header.l1_offset, header.l1_count)
-        for index in range(header.l1_count):
-            entry = table.entry(index)
+        for first, entry, alike in repeated(subject.entries(header.l1_offset, header.l1_count)):
             place = entry & OFFSET_MASK
             if place and bool(entry & COPIED) != (subject.refcount(place >> subject.cluster_bits) == 1):
-                table.set(index, entry ^ COPIED)
+                for index in range(first, first + alike):
+                    table.set(index, entry ^ COPIED)
         table.write(self._file)
         self.copied_fixed += len(table.changed)
 
@@ -303,7 +306,8 @@ class _Guard:
         self._subject = subject
         places = [(place.offset, place.length) for place in census.places if place.what != "L1 table"]
         size = subject.cluster_size
-        places += [(place, size) for place in map(subject.block_place, range(len(subject.table))) if place]
+        blocks = {subject.block_place(number) for number, _, _ in repeated(subject.table)}
+        places += [(place, size) for place in blocks if place]
         self._ranges = sorted((offset // size, -(-(offset + length) // size)) for offset, length in places)
 
     def allows(self, place: int, length: int | None = None) -> bool:

@@ -214,7 +214,8 @@ def shown(storage: Storage, header: Header, entry: Entry) -> Header:
 def read_l1(storage: Storage, entry: Entry) -> array[int]:
     """The entries of a snapshot's L1 table. Raises OSError."""
     length = entry.l1_count * 8
-    there = min(length, storage.size - entry.l1_place)  # the last cluster of a file may be cut off
+    # The last cluster of a file may be cut off, and a table of no entries be anywhere.
+    there = max(min(length, storage.size - entry.l1_place), 0)
     data = storage.file.pread(entry.l1_place, there) if there else b""
     return Table.parse(entry.l1_place, data + bytes(length - there)).entries
 

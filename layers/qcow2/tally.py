@@ -119,7 +119,8 @@ class Refcounts:
         self._typecode: Final = {16: "H", 32: "I", 64: "Q"}.get(bits, "B")
 
     def decode(self, block: bytes, count: int) -> list[int]:
-        """The first ``count`` refcounts of a block."""
+        """The first ``count`` refcounts of a block, of which no more need be given."""
+        block = block[: self.length(count)]
         if self.bits < 8:
             per_byte = 8 // self.bits
             values = bytearray(len(block) * per_byte)
@@ -155,15 +156,30 @@ class Refcounts:
             entries.byteswap()
         return entries.tobytes()
 
-    def small(self, block: bytes) -> bytes:
-        """The refcounts of a block, a byte each: 0, 1, and 2 for what is more."""
+    def length(self, count: int) -> int:
+        """How many bytes of a block hold its first ``count`` refcounts."""
+        return -(-count * self.bits // 8)
+
+    def small(self, block: bytes, count: int) -> bytes:
+        """The first ``count`` refcounts of a block, a byte each: 0, 1, and 2 for what is more."""
         if self.bits <= 8:
-            return bytes(self.decode(block, len(block) * 8 // self.bits)).translate(_CLIPPED)
+            return bytes(self.decode(block, count)).translate(_CLIPPED)
         width = self.bits // 8
-        low = block[width - 1 :: width]
-        if all(block[at::width].count(0) == len(low) for at in range(width - 1)):
-            return low.translate(_CLIPPED)
-        return bytes(min(value, 2) for value in self.decode(block, len(low)))
+        block = block[: count * width]
+        low = block[width - 1 :: width].translate(_CLIPPED)
+        high = [part for part in (block[at::width] for at in range(width - 1)) if part.count(0) != len(part)]
+        if not high:
+            return low
+        seen = int.from_bytes(low, "big")
+        for part in high:
+            seen |= int.from_bytes(part.translate(_HIGH), "big")
+        return seen.to_bytes(count, "big").translate(_CLIPPED)
+
+    def at(self, data: bytes, offset: int, index: int) -> int:
+        """One refcount, number ``index`` of its block: in the byte of ``data`` at ``offset``, or from there on."""
+        if self.bits < 8:
+            return data[offset] >> index % (8 // self.bits) * self.bits & self.most
+        return int.from_bytes(data[offset : offset + self.bits // 8], "big")
 
     def _pack(self, counts: bytearray) -> bytearray:
         per_byte = 8 // self.bits
@@ -175,6 +191,9 @@ class Refcounts:
 
 
 _CLIPPED: Final = bytes(min(value, 2) for value in range(256))
+
+#: Bytes to bytes: more than 1, if there is anything in a refcount's higher bytes.
+_HIGH: Final = bytes(min(value, 1) * 2 for value in range(256))
 
 
 @functools.cache

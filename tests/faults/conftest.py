@@ -1,3 +1,3 @@
-from tests.serving import backend, tcp
+from tests.serving import backend, memory, tcp
 
-__all__ = ["backend", "tcp"]
+__all__ = ["backend", "memory", "tcp"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,14 +32,6 @@ WEATHER = Weather(
 OPERATIONS = 200
 
 CLUSTERS = (512, 65536)
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="nbd-states-", dir=place) as directory:
-        yield Path(directory)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)

@@ -10,11 +10,8 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
-import os
 import random
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +49,6 @@ WEATHER = Weather(
     hot=0.3,
 )
 OPERATIONS = 600
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory: the states are written and synced a thousand times."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="nbd-states-", dir=place) as directory:
-        yield Path(directory)
 
 
 class Acknowledged:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from layers.qcow2 import Qcow2
-from nbdserver.extent import DirtyBitmap
 from nbdserver.reference import Reference, open_stack
+from tests.layers.bitmap_history import BitmapHistory, Said, found_in, marked, said, said_when_closed
 from tests.layers.bitmap_kit import AUTO, IN_USE, stored
 from tests.layers.qcow2_check import check, read
 from tests.layers.qcow2_kit import SECTOR, Drive, RecordedFile, crash_states
@@ -22,9 +22,6 @@ from tests.serving import SEED, amount, create, run
 from tests.serving import check as qemu_check
 
 KIB = 1024
-
-#: Name -> (flags, marked granules; None if it is in use, and what it says is of no account).
-Said = dict[str, tuple[int, frozenset[int] | None]]
 
 
 @dataclass
@@ -55,8 +52,7 @@ class Story:
     def __init__(self, scenario: Scenario, file: RecordedFile, pick: random.Random, below: bytes) -> None:
         self.scenario, self.file, self.pick = scenario, file, pick
         self._below = below
-        #: (began, ended, what the file says from then on).
-        self.changes: list[tuple[int, int, Said]] = [(-1, -1, {})]
+        self.bitmaps = BitmapHistory()
         self.drive: Drive | None = None
         #: What the disk was when an enabled bitmap was last clear.
         self._bases: dict[str, bytes] = {}
@@ -66,17 +62,17 @@ class Story:
         began = self.file.mark("opening")
         layer = Qcow2(self.file, backing=RecordedFile(bytearray(self._below)) if self._below else False)
         with open_stack(layer) as disk:
-            self.changes.append((began, self.file.mark("open"), said(layer)))
+            self.bitmaps.changed(began, self.file.mark("open"), said(layer))
             if self.drive is None:
                 content = read(self.file.data, self._below)
                 self.drive = Drive(self.file, disk, content, self.pick, self.scenario.cluster)
             self.drive.disk = disk
             for _ in range(self.scenario.steps):
                 self._step(layer)
-            final = {name: (flags & ~IN_USE, marked(layer, name)) for name, (flags, _) in said(layer).items()}
+            final = said_when_closed(layer)
             self._check(final, disk)
             closing = self.file.mark("closing")
-        self.changes.append((closing, self.file.mark("closed"), final))
+        self.bitmaps.changed(closing, self.file.mark("closed"), final)
 
     def _step(self, layer: Qcow2) -> None:
         assert self.drive is not None
@@ -85,7 +81,7 @@ class Story:
             return
         began = self.file.mark("change begins")
         self._change(layer)
-        self.changes.append((began, self.file.mark("change ended"), said(layer)))
+        self.bitmaps.changed(began, self.file.mark("change ended"), said(layer))
 
     def _change(self, layer: Qcow2) -> None:
         assert self.drive is not None
@@ -127,26 +123,6 @@ class Story:
         assert isinstance(disk.root, Qcow2)
         return next(bitmap.granularity for bitmap in disk.root.bitmaps() if bitmap.name == name)
 
-    def allowed(self, position: int) -> list[Said]:
-        """What the file may say after a crash that comes when all before ``position`` has begun."""
-        ended = [change for change in self.changes if change[1] < position]
-        return [ended[-1][2], *(said for began, _, said in self.changes[len(ended) :] if began < position)]
-
-
-def said(layer: Qcow2) -> Said:
-    """What the file should say now of the bitmaps of an open layer."""
-    return {
-        bitmap.name: (AUTO | IN_USE, None) if bitmap.auto else (0, marked(layer, bitmap.name))
-        for bitmap in layer.bitmaps()
-    }
-
-
-def marked(layer: Qcow2, name: str) -> frozenset[int]:
-    bits: DirtyBitmap = layer.bitmap_list.bits(name)
-    data = bits.data(0, -(-bits.size // bits.granularity // 64) * 8 + 8)
-    value = int.from_bytes(data, "little")
-    return frozenset(bit for bit in range(value.bit_length()) if value >> bit & 1)
-
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_no_crash_leaves_a_bitmap_that_is_valid_and_wrong(scenario: Scenario, tmp_path: Path) -> None:
@@ -165,24 +141,17 @@ def test_no_crash_leaves_a_bitmap_that_is_valid_and_wrong(scenario: Scenario, tm
         story.session()
     report = check(file.data)
     assert not report.errors and not report.leaks
-    assert found_in(file.data) == story.changes[-1][2]
+    assert found_in(file.data) == story.bitmaps.last
 
     assert story.drive is not None
     states = amount(scenario.states, 40 * scenario.states)
     for number, (position, state) in enumerate(crash_states(initial, file.log, pick, states)):
         where = f"crash {number} before {position}: {[str(o) for o in file.log[max(position - 8, 0) : position]]}"
         assert not check(state).errors, where
-        assert found_in(state) in story.allowed(position), where
+        assert found_in(state) in story.bitmaps.allowed(position), where
         assert not story.drive.history.wrong(position, read(state, below)), where
         if number % (states // 4) == 0:
             _qemu_agrees(state, tmp_path / "state")
-
-
-def found_in(state: bytearray) -> Said:
-    return {
-        name: (bitmap.flags, None if bitmap.flags & IN_USE else frozenset(bitmap.dirty))
-        for name, bitmap in stored(state).items()
-    }
 
 
 def _qemu_agrees(state: bytearray, path: Path) -> None:
@@ -219,9 +188,9 @@ def test_a_disk_that_is_resized_has_no_valid_bitmap_of_another_size(tmp_path: Pa
         if history[0][0] < position <= closing:
             assert found["on"].flags == AUTO | IN_USE, position
             if not found["off"].flags & IN_USE:
-                assert any(there == size and found["off"].dirty == said for _, size, said in history), position
+                assert any(there == size and found["off"].dirty == dirty for _, size, dirty in history), position
                 seen.add(there)
-        for at, size, said in history:
+        for at, size, dirty in history:
             if position == at:
-                assert (found["off"].flags, found["off"].dirty, there) == (0, said, size)
+                assert (found["off"].flags, found["off"].dirty, there) == (0, dirty, size)
     assert len(seen) > 1

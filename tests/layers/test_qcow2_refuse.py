@@ -210,6 +210,17 @@ def test_snapshot_tables(image: Path) -> None:
         _poke_number(image, table + offset, kept, format)
 
 
+def test_an_l1_table_of_no_entries_may_be_anywhere(image: Path) -> None:
+    run("qemu-img", "snapshot", "-c", "s", image)
+    table = _number(image, 64)
+    _poke_number(image, table, 1 << 40)
+    _poke_number(image, table + 8, 0, ">I")
+    layer = Qcow2(File(str(image)))
+    with open_stack(layer) as disk:
+        layer.apply_snapshot("s")
+        assert disk.read(0, disk.size) == bytes(disk.size)
+
+
 # -- entries, when they are come upon -------------------------------------------------------------------------------
 
 
