@@ -254,9 +254,18 @@ class Event:
     def next(self, data: bytes) -> None:
         """Send ``data`` and take the next option."""
 
-    def begin(self, data: bytes, export: Export, style: str, contexts: Sequence[tuple[int, str]]) -> None:
+    def begin(
+        self,
+        data: bytes,
+        export: Export,
+        style: str,
+        contexts: Sequence[tuple[int, str]],
+        payload_max: int,
+        block_min: int,
+    ) -> None:
         """Send ``data`` and begin the transmission phase. ``style``: "simple", "structured" or "extended", by what was
-        negotiated (`handshake.Style`); ValueError for any other."""
+        negotiated (`handshake.Style`). READ and WRITE may have ``payload_max`` bytes, at most 64 MiB; ranges must be
+        multiples of ``block_min``, a power of two. ValueError for any other."""
 
     def end(self, data: bytes) -> None:
         """Send ``data`` and close."""

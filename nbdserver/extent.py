@@ -82,6 +82,8 @@ class BlockLimits:
     #: The same of discarding.
     max_pdiscard: int = 0
     pdiscard_alignment: int = 0
+    #: Whether seeking takes time, as a device says of itself. Only told to clients.
+    rotational: bool = False
 
     def __post_init__(self) -> None:
         for value in (self.request_alignment, self.opt_transfer):

@@ -238,7 +238,8 @@ def block_limits(fd: int, mode: FileMode) -> BlockLimits:
         max_transfer=mode.max_transfer,
         opt_transfer=physical,
         pwrite_zeroes_alignment=logical,
-        pdiscard_alignment=max(_discard_granularity(status.st_rdev), logical),
+        pdiscard_alignment=max(_queue_attribute(status.st_rdev, "discard_granularity"), logical),
+        rotational=bool(_queue_attribute(status.st_rdev, "rotational")),
     )
 
 
@@ -247,11 +248,11 @@ def _ioctl_int(fd: int, request: int) -> int:
     return int(struct.unpack("=i", fcntl.ioctl(fd, request, bytes(4)))[0])
 
 
-def _discard_granularity(device: int) -> int:
-    """What a block device discards at least, bytes; 0 if it does not say. A partition has its disk's."""
+def _queue_attribute(device: int, name: str) -> int:
+    """A number that a block device says of itself in sysfs; 0 if it does not. A partition has its disk's."""
     directory = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
     for place in (directory, f"{directory}/.."):
-        with contextlib.suppress(OSError, ValueError), open(f"{place}/queue/discard_granularity") as file:
+        with contextlib.suppress(OSError, ValueError), open(f"{place}/queue/{name}") as file:
             return int(file.read())
     return 0
 

@@ -28,6 +28,7 @@ from nbdserver.limits import (
     OPTION_MAX,
     OPTIONS_COUNT_MAX,
     PAYLOAD_MAX,
+    PAYLOAD_UNTOLD_MAX,
     PREFERRED_BLOCK_DEFAULT,
     PREFERRED_BLOCK_MIN,
     QUERIES_COUNT_MAX,
@@ -198,7 +199,7 @@ class ExportInfo:
 
     def flags(self, style: Style, *, contexts: bool = False) -> TransmissionFlag:
         """The transmission flags. DF exists only where replies are chunks; a list of meta contexts with a request for
-        their status only with extended headers, and where ``contexts`` are negotiated (or may still be)."""
+        their status only with extended headers, and where ``contexts`` are negotiated."""
         writable = not self.read_only
         can = {
             TransmissionFlag.READ_ONLY: self.read_only,
@@ -238,13 +239,14 @@ class StartTls:
 class Begin:
     """Send ``data``; then the transmission phase of ``export`` begins.
 
-    ``contexts``: the selected meta contexts, (id, name).
+    ``contexts``: the selected meta contexts, (id, name). ``payload_max``: the longest READ or WRITE, bytes.
     """
 
     data: bytes
     export: ExportInfo
     style: Style
     contexts: tuple[tuple[int, str], ...]
+    payload_max: int
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,9 @@ class Handshake:
         data = struct.pack(">QH", export.size, export.flags(self._style))
         if not self._flags & ClientFlag.NO_ZEROES:
             data += RESERVED_ZEROES
-        return self._begin(data, name, export)
+        # It was told of no maximum, so a usual one is no promise that it has broken.
+        untold = PAYLOAD_UNTOLD_MAX if export.maximum_payload == PAYLOAD_MAX else export.maximum_payload
+        return self._begin(data, name, export, untold)
 
     def _list(self, fields: _Fields) -> Action:
         fields.end()
@@ -402,29 +406,24 @@ class Handshake:
         fields.end()
         export = self._find(name, ReplyType.ERR_TLS_REQD)
         if option == Option.GO and export.minimum_block > 1 and Info.BLOCK_SIZE not in asked:
-            raise _RefusalError(
-                ReplyType.ERR_BLOCK_SIZE_REQD,
-                f"export {_shown(export.name)} takes blocks of {export.minimum_block} bytes: ask for BLOCK_SIZE",
-            )
+            return Reply(_reply(option, ReplyType.INFO, _block_sizes(export)) + _blocks_demanded(option, export))
         if option == Option.GO:
             export = self._entered(name)
-        selected_for, selected = self._contexts
-        contexts = option == Option.INFO or (selected_for == name and bool(selected))
-        items = self._information(export, asked, contexts)
+        items = self._information(export, name, asked)
         data = b"".join(_reply(option, ReplyType.INFO, item) for item in items) + _reply(option, ReplyType.ACK)
-        return self._begin(data, name, export) if option == Option.GO else Reply(data)
+        return self._begin(data, name, export, export.maximum_payload) if option == Option.GO else Reply(data)
 
-    def _information(self, export: ExportInfo, asked: set[int], contexts: bool) -> Iterable[bytes]:
-        """The INFO payloads. Block sizes are told unasked too, as QEMU does: clients must ignore what they do
-        not know, and one that would keep to them can only do so when told."""
-        yield struct.pack(">HQH", Info.EXPORT, export.size, export.flags(self._style, contexts=contexts))
+    def _information(self, export: ExportInfo, name: str, asked: set[int]) -> Iterable[bytes]:
+        """The INFO payloads: the same for INFO and for a GO that follows it. Block sizes are told unasked too, as QEMU
+        does: clients must ignore what they do not know, and one that would keep to them can only do so when told."""
+        selected_for, selected = self._contexts
+        flags = export.flags(self._style, contexts=selected_for == name and bool(selected))
+        yield struct.pack(">HQH", Info.EXPORT, export.size, flags)
         if Info.NAME in asked:
             yield struct.pack(">H", Info.NAME) + export.name.encode()
         if Info.DESCRIPTION in asked and export.description:
             yield struct.pack(">H", Info.DESCRIPTION) + export.description.encode()
-        yield struct.pack(
-            ">HIII", Info.BLOCK_SIZE, export.minimum_block, export.preferred_block, export.maximum_payload
-        )
+        yield _block_sizes(export)
 
     def _structured_reply(self, fields: _Fields) -> Action:
         fields.end()
@@ -501,9 +500,9 @@ class Handshake:
         except Unavailable as error:
             raise _RefusalError(ReplyType.ERR_UNKNOWN, str(error)) from error
 
-    def _begin(self, data: bytes, name: str, export: ExportInfo) -> Begin:
+    def _begin(self, data: bytes, name: str, export: ExportInfo, payload_max: int) -> Begin:
         selected_for, contexts = self._contexts
-        return Begin(data, export, self._style, contexts if selected_for == name else ())
+        return Begin(data, export, self._style, contexts if selected_for == name else (), payload_max)
 
     def _end(self, what: str) -> End:
         return End(b"", f"{self._peer} {what}")
@@ -579,6 +578,16 @@ def _is_wildcard(query: str, context: str) -> bool:
     colons in it.)"""
     is_namespace = query.endswith(":") and query.count(":") == 1
     return (is_namespace or query == DIRTY_BITMAPS) and context.startswith(query)
+
+
+def _block_sizes(export: ExportInfo) -> bytes:
+    sizes = (export.minimum_block, export.preferred_block, export.maximum_payload)
+    return struct.pack(">HIII", Info.BLOCK_SIZE, *sizes)
+
+
+def _blocks_demanded(option: int, export: ExportInfo) -> bytes:
+    message = f"export {_shown(export.name)} takes blocks of {export.minimum_block} bytes: ask for BLOCK_SIZE"
+    return _reply(option, ReplyType.ERR_BLOCK_SIZE_REQD, message.encode())
 
 
 def _meta_replies(option: int, contexts: Iterable[tuple[int, str]]) -> bytes:

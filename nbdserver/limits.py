@@ -13,6 +13,10 @@ TIB: Final = 1 << 40
 #: expected to take 32 MiB; QEMU's NBD_MAX_BUFFER_SIZE.
 PAYLOAD_MAX: Final = 32 * MIB
 
+#: The same for a client that came by EXPORT_NAME and was not told: what nbdkit takes of any client. nbd-server takes as
+#: much as memory holds, and its test suite sends 48 MiB.
+PAYLOAD_UNTOLD_MAX: Final = 64 * MIB
+
 #: The largest string (export name, description, meta context query) in the handshake. proto.md, "Strings".
 STRING_MAX: Final = 4096
 

@@ -253,7 +253,9 @@ class Export:
         self._unsubscribe = self._graph.subscribe(root, self.engine_export.changed)
         self.engine_export.changed(0, DISK_MAX)
         self.engine_export.writethrough = root.writethrough
-        self.info = dataclasses.replace(self.info, preferred_block=preferred_block(root))
+        self.info = dataclasses.replace(
+            self.info, preferred_block=preferred_block(root), rotational=is_rotational(root)
+        )
         self.resized()
 
     def close(self) -> None:
@@ -393,6 +395,10 @@ def _leave(export: Export, timeout: float) -> None:
 
 def preferred_block(root: Layer) -> int:
     return blocks.preferred(below for _, below in walk(root))
+
+
+def is_rotational(root: Layer) -> bool:
+    return any(below.limits.rotational for _, below in walk(root))
 
 
 def _tls_context(tls: TlsConfig) -> _engine.TlsContext | None:
@@ -559,6 +565,7 @@ class Server:
                     read_only=read_only,
                     tls_required=tls_required,
                     preferred_block=preferred_block(layer),
+                    rotational=is_rotational(layer),
                     contexts=contexts.names,
                 )
                 engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
@@ -1015,7 +1022,10 @@ class Server:
 
     def _begin(self, event: _engine.Event, action: Begin, client: Client) -> None:
         assert isinstance(client.export, Export), "entered before it was answered"
-        event.begin(action.data, client.export.engine_export, action.style, list(action.contexts))
+        contexts, block_min = list(action.contexts), action.export.minimum_block
+        event.begin(
+            action.data, client.export.engine_export, action.style, contexts, action.payload_max, block_min
+        )
 
     def _closed(self, connection: tuple[int, int]) -> None:
         client = self._clients.pop(connection, None)

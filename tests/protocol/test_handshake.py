@@ -112,12 +112,22 @@ def test_client_without_fixed_newstyle_has_no_other_option(option: int) -> None:
 
 def test_export_name_answers_size_flags_and_124_zeroes() -> None:
     action = shake().option(Option.EXPORT_NAME, b"golden")
-    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE)) + bytes(124), GOLDEN, Style.SIMPLE, ())
+    data = struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE)) + bytes(124)
+    assert action == Begin(data, GOLDEN, Style.SIMPLE, (), limits.PAYLOAD_UNTOLD_MAX)
 
 
 def test_export_name_without_zeroes() -> None:
     action = shake(FIXED | NO_ZEROES).option(Option.EXPORT_NAME, b"golden")
-    assert action == Begin(struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE)), GOLDEN, Style.SIMPLE, ())
+    data = struct.pack(">QH", 4096, GOLDEN.flags(Style.SIMPLE))
+    assert action == Begin(data, GOLDEN, Style.SIMPLE, (), limits.PAYLOAD_UNTOLD_MAX)
+
+
+def test_a_maximum_payload_holds_for_who_was_not_told_of_it() -> None:
+    small = {"s": ExportInfo("s", 4096, maximum_payload=1 << 20)}
+    for option, data in ((Option.EXPORT_NAME, b"s"), (Option.GO, go("s"))):
+        action = shake(exports=small).option(option, data)
+        assert isinstance(action, Begin)
+        assert action.payload_max == 1 << 20
 
 
 def test_export_name_keeps_what_was_negotiated() -> None:
@@ -370,14 +380,22 @@ def test_contexts_need_no_structured_replies_beside_extended_headers() -> None:
 
 def test_contexts_may_be_named_in_requests_only_where_they_are_negotiated() -> None:
     payload = TransmissionFlag.BLOCK_STATUS_PAYLOAD
-    assert not flags_of(structured(shake()), Option.INFO) & payload
-    handshake = extended(shake())
-    assert flags_of(handshake, Option.INFO) & payload
-    ask(handshake, Option.SET_META_CONTEXT, meta("golden", "base:allocation"))
-    assert not flags_of(handshake, Option.GO) & payload
-    handshake = extended(shake())
-    ask(handshake, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))
-    assert flags_of(handshake, Option.GO) & payload
+    plain = structured(shake())
+    ask(plain, Option.SET_META_CONTEXT, meta("vm", "base:allocation"))
+    assert not flags_of(plain, Option.INFO) & payload
+    for selected, expected in (("golden", 0), ("vm", payload)):
+        handshake = extended(shake())
+        ask(handshake, Option.SET_META_CONTEXT, meta(selected, "base:allocation"))
+        assert [flags_of(handshake, option) & payload for option in (Option.INFO, Option.GO)] == [expected, expected]
+
+
+def test_go_tells_what_info_told() -> None:
+    for before in (shake, lambda: structured(shake()), lambda: extended(shake())):
+        for infos in ((), (Info.NAME, Info.BLOCK_SIZE)):
+            handshake = before()
+            told = ask(handshake, Option.INFO, go("vm", *infos))
+            action = handshake.option(Option.GO, go("vm", *infos))
+            assert list(replies(action.data, Option.GO)) == told
 
 
 # -- STARTTLS ----------------------------------------------------------------------------------------------------
@@ -477,8 +495,10 @@ def test_nothing_said_before_tls_counts(before: Callable[[Handshake], Handshake]
 
 def test_go_without_the_block_size_is_refused_where_it_matters() -> None:
     sectors = {"s": ExportInfo("s", 1 << 20, minimum_block=4096)}
-    message = refused(shake(exports=sectors), Option.GO, go("s"), ReplyType.ERR_BLOCK_SIZE_REQD)
-    assert "blocks of 4096 bytes" in message
+    told, (kind, message) = ask(shake(exports=sectors), Option.GO, go("s"))
+    assert told == (ReplyType.INFO, struct.pack(">HIII", Info.BLOCK_SIZE, 4096, 4096, limits.PAYLOAD_MAX))
+    assert kind == ReplyType.ERR_BLOCK_SIZE_REQD
+    assert b"blocks of 4096 bytes" in message
     assert isinstance(shake(exports=sectors).option(Option.INFO, go("s")), Reply)
     assert isinstance(shake(exports=sectors).option(Option.GO, go("s", Info.BLOCK_SIZE)), Begin)
 

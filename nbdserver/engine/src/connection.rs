@@ -146,6 +146,13 @@ impl Outgoing {
 
     /// Queue a reply.
     pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
+        let weight = reply.weight;
+        self.message(reply, scratch);
+        self.push(Item::End { weight });
+    }
+
+    /// Queue a reply that nobody is told of when it has left.
+    pub fn message(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
         let question = Question {
             extended: reply.style == Style::Extended,
             cookie: reply.cookie,
@@ -175,9 +182,6 @@ impl Outgoing {
             Ok(_) if chunks => self.head(|out| question.none(out), scratch),
             Ok(_) => self.head(|out| wire::simple_reply(out, 0, cookie), scratch),
         }
-        self.push(Item::End {
-            weight: reply.weight,
-        });
     }
 
     fn error(
@@ -352,6 +356,13 @@ impl Connection {
     pub fn is_listening(&self) -> bool {
         let waits = matches!(self.phase, Phase::Deciding | Phase::StartTls(_));
         !self.deaf && !self.stalled && !self.closing && !waits
+    }
+
+    /// Whether it has requests that were accepted and are not answered.
+    pub fn has_accepted(&self) -> bool {
+        let incomplete = usize::from(self.payload.is_some());
+        let begun = self.split.as_ref().is_some_and(Split::is_read);
+        self.requests > incomplete || begun || self.ticket.is_some() || self.parked.is_some()
     }
 
     /// Whether everything has left.

@@ -260,7 +260,7 @@ impl Engine {
         }
         let deadline = Instant::now() + timeout;
         for inbox in &self.inboxes {
-            inbox.send(Message::Stop(deadline));
+            inbox.stop(deadline);
         }
         let mut orderly = true;
         for handle in self.running.lock().unwrap().drain(..) {

@@ -24,9 +24,9 @@ const RESOLVES_MAX: u32 = 8;
 /// How long a fault thread sleeps for a meter before it looks again whether the export is being drained.
 const METER_PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// The longest range looked up, or asked of Python, at once: what the longest payload needs. CACHE may name 4 GiB, which
-/// can be millions of extents.
-const AT_ONCE_MAX: u64 = crate::worker::PAYLOAD_MAX as u64;
+/// The longest range looked up, or asked of Python, at once: what the longest usual payload needs. CACHE may name 4 GiB,
+/// which can be millions of extents.
+const AT_ONCE_MAX: u64 = 32 << 20;
 
 /// What Python is asked to do. Ranges lie in the export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

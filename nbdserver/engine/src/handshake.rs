@@ -49,6 +49,8 @@ pub enum Action {
         export: Arc<Export>,
         style: Style,
         contexts: Vec<(u32, String)>,
+        payload_max: u32,
+        block_min: u32,
     },
     /// The connection ends.
     End { data: Vec<u8> },

@@ -898,7 +898,12 @@ impl Event {
         export: &Bound<'_, Export>,
         style: &str,
         contexts: Vec<(u32, String)>,
+        payload_max: u32,
+        block_min: u32,
     ) -> PyResult<()> {
+        if payload_max > wire::PAYLOAD_MAX {
+            return Err(PyValueError::new_err("longer than any payload"));
+        }
         let export = export.get().export.clone();
         let style = match style {
             "simple" => Style::Simple,
@@ -911,6 +916,8 @@ impl Event {
             export,
             style,
             contexts,
+            payload_max,
+            block_min,
         });
         Ok(())
     }

@@ -43,6 +43,10 @@ impl Split {
         }
     }
 
+    pub fn is_read(&self) -> bool {
+        self.header.command == command::READ
+    }
+
     /// Whether a part is under way: one at a time.
     pub fn is_running(&self) -> bool {
         self.running

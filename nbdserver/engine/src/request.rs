@@ -16,6 +16,9 @@ pub struct Session {
     /// The connection's number within its worker; never used again.
     pub connection: u64,
     pub style: Style,
+    /// The longest READ or WRITE, and what offsets and lengths must be multiples of.
+    pub payload_max: u32,
+    pub block_min: u32,
     /// Meta contexts as (identifier, name).
     pub contexts: Vec<(u32, String)>,
 }

@@ -18,6 +18,9 @@ pub const EXTENDED_REQUEST_SIZE: usize = 32;
 /// The longest error message: proto.md, "Conventions", on strings.
 pub const MESSAGE_MAX: usize = 4096;
 
+/// The longest payload that any session may allow, of either direction.
+pub const PAYLOAD_MAX: u32 = 64 << 20;
+
 /// A WRITE's payload up to this length is read and thrown away if the request is refused; to send a
 /// longer one is an attack, and ends the connection. proto.md, "Size constraints": 2^25 bytes are
 /// never to be taken for one.
@@ -200,6 +203,8 @@ pub struct Rules {
     pub style: Style,
     /// At least one meta context was negotiated.
     pub block_status: bool,
+    /// The server is stopping: no more requests are accepted.
+    pub stopping: bool,
 }
 
 /// What is to be done with a request.
@@ -237,6 +242,7 @@ fn refusal(header: &Header, rules: &Rules) -> Refusal {
     use command::{BLOCK_STATUS, CACHE, DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES};
     match header.command {
         DISC => None,
+        _ if rules.stopping => Some((error::ESHUTDOWN, "the server is shutting down")),
         FLUSH => bad_flags(header, rules).or_else(|| bad_flush(header)),
         READ | CACHE | BLOCK_STATUS => bad_flags(header, rules)
             .or_else(|| bad_range(header, rules))
@@ -464,6 +470,7 @@ mod tests {
         block_min: 1,
         style: Style::Structured,
         block_status: true,
+        stopping: false,
     };
 
     fn header(command: u16, flags: u16, offset: u64, length: u64) -> Header {
@@ -695,6 +702,19 @@ mod tests {
             let found = verdict(&rules, command::BLOCK_STATUS, 0, 0, 512);
             assert_eq!(found, Error(error::EINVAL, ""));
         }
+    }
+
+    #[test]
+    fn a_server_that_stops_takes_nothing_but_a_disconnect() {
+        let rules = Rules {
+            stopping: true,
+            ..RULES
+        };
+        for command in RANGED {
+            let expected = refused(command, error::ESHUTDOWN);
+            assert_eq!(verdict(&rules, command, 0, 0, 512), expected);
+        }
+        assert_eq!(verdict(&rules, command::DISC, 0, 0, 0), Run);
     }
 
     #[test]
@@ -943,6 +963,7 @@ mod tests {
         match judge(header, rules) {
             Run if header.command == command::DISC => {}
             Run => {
+                assert!(!rules.stopping);
                 assert!(COMMANDS.contains(&header.command));
                 assert!(end <= u128::from(rules.size));
                 assert!(!(writes && rules.read_only));
@@ -972,6 +993,7 @@ mod tests {
             block_min: 1 << random.below(17),
             style: [Style::Simple, Style::Structured, Style::Extended][random.below(3) as usize],
             block_status: random.one_in(2),
+            stopping: random.one_in(8),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,6 @@ use crate::transfer::{Transfer, charge, finish_read, is_code, plan, prepare_writ
 use crate::vector::Vector;
 use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
 
-/// The longest payload, of either direction.
-pub const PAYLOAD_MAX: u32 = 32 << 20;
 /// What one receive takes in: many small requests, or a large part of a payload.
 const RECEIVE: usize = 256 << 10;
 /// Receives for one connection before others have their turn.
@@ -113,6 +111,8 @@ pub struct Inbox {
     letters: Mutex<Letters>,
     event: OwnedFd,
     connections: AtomicUsize,
+    /// The server is stopping, and the worker still has requests that were accepted before.
+    finishing: AtomicBool,
 }
 
 impl Inbox {
@@ -122,6 +122,7 @@ impl Inbox {
             letters: Mutex::default(),
             event,
             connections: AtomicUsize::new(0),
+            finishing: AtomicBool::new(false),
         }))
     }
 
@@ -159,6 +160,17 @@ impl Inbox {
     /// Whether a worker runs that takes what is sent.
     pub fn is_open(&self) -> bool {
         self.letters.lock().unwrap().open
+    }
+
+    /// The server stops: finish what was accepted until `deadline`.
+    pub fn stop(&self, deadline: Instant) {
+        self.finishing.store(true, Relaxed);
+        self.send(Message::Stop(deadline));
+    }
+
+    /// Whether a worker runs that has not yet finished what was accepted before the server began to stop.
+    fn is_finishing(&self) -> bool {
+        self.finishing.load(Relaxed) && self.is_open()
     }
 
     fn take(&self) -> Vec<Message> {
@@ -223,7 +235,10 @@ pub struct Worker {
     again: Vec<u64>,
     scratch: Vec<u8>,
     head: Vec<u8>,
+    /// Until when what was accepted is finished; everything else is refused.
     stopping: Option<Instant>,
+    /// All workers have finished: connections end.
+    ending: bool,
     ticked: Instant,
     /// The pool is, or has just been, used up.
     short: bool,
@@ -279,6 +294,7 @@ impl Worker {
             scratch: vec![0; RECEIVE],
             head: Vec::new(),
             stopping: None,
+            ending: false,
             ticked: Instant::now(),
             short: false,
             delayed: VecDeque::new(),
@@ -312,6 +328,7 @@ impl Worker {
             self.reap();
             self.tidy();
             self.tick();
+            self.wind_down();
         }
     }
 
@@ -636,6 +653,8 @@ impl Worker {
                 export,
                 style,
                 contexts,
+                payload_max,
+                block_min,
             } => {
                 connection.outgoing.bytes(data);
                 let inbox = self.inbox.clone();
@@ -643,6 +662,8 @@ impl Worker {
                     inbox,
                     connection: token,
                     style,
+                    payload_max,
+                    block_min,
                     contexts,
                 };
                 connection.phase = Phase::Transmission(Arc::new(session), export);
@@ -652,6 +673,7 @@ impl Worker {
                 connection.closing = true;
             }
         }
+        connection.closing |= self.ending;
         match self.resume(&mut connection) {
             Ok(()) => self.put_back(connection),
             Err(()) => self.close(connection),
@@ -699,10 +721,11 @@ impl Worker {
         let rules = Rules {
             size: export.size(),
             read_only: export.read_only,
-            payload_max: PAYLOAD_MAX,
-            block_min: 1,
+            payload_max: session.payload_max,
+            block_min: session.block_min,
             style: session.style,
             block_status: !session.contexts.is_empty(),
+            stopping: self.stopping.is_some(),
         };
         match wire::judge(&header, &rules) {
             Verdict::Fatal(_) => return Err(()),
@@ -826,7 +849,6 @@ impl Worker {
         error: u32,
         why: &str,
     ) {
-        connection.requests += 1;
         let reply = Reply {
             connection: connection.token,
             cookie: header.cookie,
@@ -840,7 +862,13 @@ impl Worker {
                 message: why.to_owned(),
             }),
         };
-        connection.reply(reply, &mut self.head);
+        if self.stopping.is_some() {
+            // Not counted among the requests: whoever goes on asking does not hold up the end.
+            connection.outgoing.message(reply, &mut self.head);
+        } else {
+            connection.requests += 1;
+            connection.reply(reply, &mut self.head);
+        }
     }
 
     /// Whether another request may begin.
@@ -1231,7 +1259,11 @@ impl Worker {
     }
 
     fn tick_length(&self) -> Duration {
-        if self.short { TICK_SHORT } else { TICK }
+        if self.short || self.stopping.is_some() {
+            TICK_SHORT
+        } else {
+            TICK
+        }
     }
 
     /// How long there is nothing to do but what epoll tells.
@@ -1284,20 +1316,36 @@ impl Worker {
         }
     }
 
-    /// Read no more; what was taken is finished and answered. Handshakes just end.
+    /// What was accepted is finished and answered. What still comes is refused, for as long as any worker has such work:
+    /// proto.md, "Terminating the transmission phase" and "Termination of the session during option haggling".
     fn stop(&mut self, deadline: Instant) {
         self.stopping = Some(deadline);
+    }
+
+    /// Once everything has been finished, here and by the other workers, let all connections end.
+    fn wind_down(&mut self) {
+        if self.stopping.is_none() || self.ending {
+            return;
+        }
+        let mut connections = self.connections.iter().flatten();
+        let finishing = connections.any(|connection| connection.has_accepted());
+        if self.inbox.finishing.swap(finishing, Relaxed) && !finishing {
+            self.engine.inboxes.iter().for_each(|inbox| inbox.wake());
+        }
+        if self.engine.inboxes.iter().any(|inbox| inbox.is_finishing()) {
+            return;
+        }
+        self.ending = true;
         for place in 0..self.connections.len() {
             let Some(mut connection) = self.connections[place].take() else {
                 continue;
             };
-            connection.deaf = true;
-            if matches!(connection.phase, Phase::Transmission(..)) {
-                self.put_back(connection);
-            } else {
-                self.close(connection);
-            }
+            // An option that Python is about to answer still is, and then the connection ends.
+            connection.closing |= !matches!(connection.phase, Phase::Deciding);
+            connection.drop_payload();
+            self.put_back(connection);
         }
+        self.tidy();
     }
 }
 
