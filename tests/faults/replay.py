@@ -122,6 +122,31 @@ class Replay:
         """The file if everything that had begun by ``position`` is there."""
         return self._apply([o for o in self.operations if o.begin <= position])
 
+    def is_all(self, content: bytes) -> bool:
+        """Whether a file that nobody stopped, and that now holds ``content``, can be the outcome of the recording.
+
+        Where two operations ran at the same time on the same bytes, nobody knows which of them was the last.
+        """
+        state = self.prefix(self.positions()[-1])
+        if len(state) != len(content):
+            return False
+        seen = bytearray(content)
+        for start, stop in self._undecided():
+            seen[start:stop] = state[start:stop]
+        return seen == state
+
+    def _undecided(self) -> Iterator[tuple[int, int]]:
+        """The ranges that two operations had in common while both ran."""
+        running: list[Recorded] = []
+        for operation in self.operations:
+            running = [other for other in running if other.end is None or other.end > operation.begin]
+            for other in running:
+                start = max(operation.offset, other.offset)
+                stop = min(operation.offset + operation.length, other.offset + other.length)
+                if start < stop:
+                    yield start, stop
+            running.append(operation)
+
     def reordered(self, position: int, pick: random.Random) -> bytearray:
         """The file if ``pick`` chooses which optional operations are there, and which only in part."""
         share = pick.choice((0.05, 0.3, 0.5, 0.7, 0.95))

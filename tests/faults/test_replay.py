@@ -158,3 +158,22 @@ def test_a_cut_off_record_is_left_out(recording: Recording) -> None:
     with recording.path.open("r+b") as file:
         file.truncate(recording.path.stat().st_size - 1)
     assert max(recording.replay().positions()) == end
+
+
+def test_a_whole_recording_is_the_file(recording: Recording) -> None:
+    recording.write(0, b"abcd")
+    recording.write(2, b"ef")
+    replay = recording.replay()
+    assert replay.is_all(b"abef\0\0\0\0")
+    assert not replay.is_all(b"abcd\0\0\0\0")
+    assert not replay.is_all(b"abef\0\0\0\0\0")
+
+
+def test_of_what_ran_at_the_same_time_either_may_be_the_last(recording: Recording) -> None:
+    first = recording.begin(Action.WRITE, 0, payload=b"abcd")
+    second = recording.begin(Action.WRITE, 2, payload=b"efgh")
+    recording.end(second)
+    recording.end(first)
+    replay = recording.replay()
+    assert replay.is_all(b"abefgh\0\0") and replay.is_all(b"abcdgh\0\0")
+    assert not replay.is_all(b"xbefgh\0\0") and not replay.is_all(b"abefgx\0\0")
