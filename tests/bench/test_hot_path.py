@@ -23,6 +23,8 @@ from nbdserver.testing import NbdServers
 from nbdserver.uri import parse
 from tests.serving import SEED, amount, create, run
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 SIZE = amount(256, 1024) * MIB
 #: Seconds of one run, and pairs of runs: at first, and at most if the machine is too unsteady for so few.

@@ -13,6 +13,8 @@ from nbdserver.testing import NbdServers, ServerProcess
 from tests.huge_pages import spare_pages
 from tests.serving import memlock
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 POOL = 32 * MIB
 HUGE = 2 * MIB

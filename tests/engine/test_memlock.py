@@ -21,6 +21,8 @@ from tests.huge_pages import spare_pages
 from tests.interop import forbid_io_uring
 from tests.serving import SEED, memlock, run
 
+pytestmark = pytest.mark.alone
+
 KIB, MIB = 1 << 10, 1 << 20
 POOL = 32 * MIB
 #: What rings may take of the limit, and what is left to rings that are made later.
