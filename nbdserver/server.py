@@ -1023,9 +1023,7 @@ class Server:
     def _begin(self, event: _engine.Event, action: Begin, client: Client) -> None:
         assert isinstance(client.export, Export), "entered before it was answered"
         contexts, block_min = list(action.contexts), action.export.minimum_block
-        event.begin(
-            action.data, client.export.engine_export, action.style, contexts, action.payload_max, block_min
-        )
+        event.begin(action.data, client.export.engine_export, action.style, contexts, action.payload_max, block_min)
 
     def _closed(self, connection: tuple[int, int]) -> None:
         client = self._clients.pop(connection, None)
