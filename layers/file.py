@@ -36,6 +36,9 @@ class File(Layer):
         mode = FileMode(self.cache, self.aio)
         self._file = opener.file(self.path, read_only=opener.read_only, mode=mode, grant=self.grant)
 
+    def reopen(self, opener: Opener) -> None:
+        self._file = opener.reopen(self.open_file, read_only=opener.read_only)
+
     def close(self) -> None:
         if self._file is not None and self._opener is not None:
             self._opener.release(self._file)

@@ -12,10 +12,10 @@ from typing import Any
 
 from nbdserver.contexts import keeper
 from nbdserver.control import Command
-from nbdserver.errors import ConfigError
 from nbdserver.extent import Size
 from nbdserver.format import Bitmap, HasBitmaps
 from nbdserver.layer import Layer
+from nbdserver.live.chain import export_of
 from nbdserver.server import Export, Server
 
 
@@ -83,11 +83,7 @@ class BitmapCommands:
         return {"contexts": list(found.info.contexts)}
 
     def _export(self, name: str) -> Export:
-        default = self._server.default
-        export = self._server.exports.get(default if name == "" and default is not None else name)
-        if export is None:
-            raise ConfigError(f"there is no export {name!r}")
-        return export
+        return export_of(self._server, name, writable=False)
 
     @contextlib.contextmanager
     def _changing(self, export: str, name: str | None = None) -> Iterator[tuple[HasBitmaps, Layer]]:

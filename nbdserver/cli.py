@@ -29,6 +29,7 @@ from nbdserver.contexts import Contexts
 from nbdserver.control import Control
 from nbdserver.ctl import ctl
 from nbdserver.ctl_bitmap import bitmap
+from nbdserver.ctl_chain import commit, snapshot, stream
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.events import Events
 from nbdserver.extent import AIOS, CACHES
@@ -433,7 +434,8 @@ def explain_(*, source: str, export: str, operation: str, range_: str, format: s
 
 
 main.add_command(ctl)
-ctl.add_command(bitmap)
+for _command in (bitmap, snapshot, commit, stream):
+    ctl.add_command(_command)
 
 
 # -- serving -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from nbdserver import explain
 from nbdserver.bitmap_commands import BitmapCommands
+from nbdserver.chain_commands import ChainCommands
 from nbdserver.control import Command, CommandError
 from nbdserver.errors import ConfigError
 from nbdserver.extent import Size
@@ -51,6 +52,7 @@ class Commands:
             "block-job-set-speed": self.block_job_set_speed,
             "quit": self.quit,
             **BitmapCommands(self._service.server).table(),
+            **ChainCommands(self._service, self._directory).table(),
         }
 
     # -- questions -------------------------------------------------------------------------------------------------

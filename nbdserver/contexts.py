@@ -66,6 +66,12 @@ class Contexts:
                 break  # a nearer one, which was not there before
         raise RequestError(errno.EIO, f"bitmap {name!r} is no longer what the export shows")
 
+    def renewed(self, root: Layer) -> Contexts:
+        """The contexts of the export when its layers have changed, with the bitmaps of these that can still be offered.
+        Raises ImageError, OSError."""
+        there = [name for name in self._layers if _find(root, name) and not self._why_not(root, name)]
+        return Contexts(root, there, allocation_depth=ALLOCATION_DEPTH in self.names, read_only=self._read_only)
+
     def close(self) -> None:
         """Let the bitmaps go."""
         self._keeping.close()

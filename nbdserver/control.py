@@ -184,11 +184,12 @@ def _bind(name: str, command: Command, arguments: Mapping[str, Any]) -> dict[str
     """The arguments as the command's signature has them. Raises CommandError."""
     parameters = inspect.signature(command).parameters
     hints = typing.get_type_hints(command, include_extras=True)
-    bound = {}
-    for key, value in arguments.items():
-        if key not in parameters:
+    bound: dict[str, Any] = {}
+    for spelled, value in arguments.items():
+        key = spelled.replace("-", "_")
+        if key not in parameters or key in bound:
             known = ", ".join(parameters) or "none"
-            raise CommandError("GenericError", f"{name} has no argument {_shown(key)}; there are: {known}")
+            raise CommandError("GenericError", f"{name} has no argument {_shown(spelled)}; there are: {known}")
         try:
             bound[key] = convert(value, hints[key])
         except ValueError as error:

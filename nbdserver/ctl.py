@@ -351,14 +351,21 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 @click.pass_obj
 def job_wait(session: Session, job_id: str, as_json: bool) -> None:
     """Wait until JOB has concluded (or is ready), with a progress bar. Exit status 1 if it has failed."""
-    job = _job(session, job_id)
-    with click.progressbar(length=1, label=job_id, file=sys.stderr, hidden=as_json) as bar:
-        while job["status"] not in ("concluded", "ready"):
+    follow(session, job_id, ("concluded", "ready"), as_json=as_json)
+
+
+def follow(session: Session, id: str, until: Sequence[str], *, as_json: bool, is_told: bool = True) -> None:
+    """Wait until a job has come to one of these states, with a progress bar; what has become of it is printed if it is
+    to be told, or has failed, which ends the program. Raises ConfigError, RemoteError."""
+    job = _job(session, id)
+    with click.progressbar(length=1, label=id, file=sys.stderr, hidden=as_json) as bar:
+        while job["status"] not in (*until, "concluded"):
             _show(bar, job)
             time.sleep(JOB_POLL_S)
-            job = _job(session, job_id)
+            job = _job(session, id)
         _show(bar, job)
-    print_answer(job, as_json, lambda: as_table(_job_table([job])))
+    if is_told or "error" in job:
+        print_answer(job, as_json, lambda: as_table(_job_table([job])))
     if "error" in job:
         raise click.exceptions.Exit(1)
 

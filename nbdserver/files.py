@@ -43,7 +43,7 @@ from nbdserver.extent import (
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_MAX, STATUS_COUNT_MAX, ZERO_PIECE
-from nbdserver.locks import lock_image
+from nbdserver.locks import lock_image, relock_image
 from nbdserver.permissions import ALL, READER, WRITER, Grant, as_backing, as_data, as_file, refused, together
 from nbdserver.probe import probe
 from nbdserver.request import Vector
@@ -443,6 +443,40 @@ class Files:
         self._places[file] = (identity, use)
         return file
 
+    def reopen(self, file: OpenFile, *, read_only: bool, grant: Grant | None = None, user: str = SOMEBODY) -> OpenFile:
+        """The same file, open anew for other access by its one user; ``file`` is closed then, and nobody uses it. It is
+        locked all the while. Raises as `open`, with nothing changed."""
+        grant = as_file(grant or (READER if read_only else WRITER), read_only=read_only)
+        with self._lock, contextlib.ExitStack() as undo:
+            identity, how = self._places[file]
+            known = self._open[identity][how]
+            wanted = _Wanted(_open_again(known, read_only=read_only), known.path, read_only, how[0], grant, user)
+            undo.callback(os.close, wanted.fd)
+            for other in self._open[identity].values():
+                if other is not known:
+                    _check_together(wanted, other)
+                elif len(known.users) > 1:
+                    raise BusyError(f"{known.users[0]} has it open, too", path=known.path, file=file)
+            relock_image(known.lock, known.path, known.grant, grant)
+            undo.pop_all()
+            return self._exchange(file, wanted)
+
+    def _exchange(self, file: OpenFile, wanted: _Wanted) -> OpenFile:
+        """Have ``wanted``, which is locked for, in the place of ``file``. Raises ImageError, with nothing changed."""
+        identity, how = self._places[file]
+        known = self._open[identity][how]
+        try:
+            new = self._wrap(wanted.fd, wanted.path, wanted.read_only, wanted.mode)
+        except BaseException:
+            relock_image(known.lock, known.path, wanted.grant, known.grant)
+            raise
+        del self._open[identity][how], self._places[file]
+        place = (wanted.mode, wanted.grant)
+        self._open[identity][place] = _Open(new, wanted.grant, known.lock, wanted.path, known.users)
+        self._places[new] = (identity, place)
+        file.close()
+        return new
+
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes; give it back with `close`. Raises ConfigError."""
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -506,6 +540,15 @@ def _open(path: str, *, read_only: bool) -> int:
         raise ImageError(f"cannot be opened for {purpose}: {error.strerror}", path=path) from error
     except ValueError as error:
         raise ImageError(f"is no path: {error}", path=repr(path)) from error
+
+
+def _open_again(known: _Open, *, read_only: bool) -> int:
+    """Another descriptor of a file that is open, wherever it is by now. Raises ImageError."""
+    try:
+        return os.open(f"/proc/self/fd/{known.lock}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        purpose = "reading" if read_only else "reading and writing"
+        raise ImageError(f"cannot be opened for {purpose}: {error.strerror}", path=known.path) from error
 
 
 def _kind(mode: int) -> str:
@@ -595,6 +638,9 @@ class FileOpener:
     def file(self, path: str, *, read_only: bool, mode: FileMode = FILE_MODE, grant: Grant | None = None) -> OpenFile:
         self._mode = mode
         return self._files.open(path, read_only=read_only, mode=mode, grant=grant, user=self._user)
+
+    def reopen(self, file: OpenFile, *, read_only: bool) -> OpenFile:
+        return self._files.reopen(file, read_only=read_only, user=self._user)
 
     def memory(self, size: int, name: str) -> OpenFile:
         return self._files.memory(size, name)

@@ -435,6 +435,8 @@ class Graph:
         self._edges: dict[Layer, list[Child]] = {}  # layer -> the edges that lead to it
         self._uses: dict[Layer, list[Use]] = {}  # who holds it open
         self._sinks: dict[Layer, list[Callable[[int, int], None]]] = {}
+        #: Those that have children, which may be in use already, and cannot answer yet.
+        self._opening: set[Layer] = set()
 
     def open(
         self, layer: Layer, opener: Opener, *, user: str = "", grant: Grant | None = None, parent: Layer | None = None
@@ -451,6 +453,8 @@ class Graph:
             return use
         layer._listener, layer._opener = self, opener
         layer.is_open_for_writing = not opener.read_only
+        with self._lock:
+            self._opening.add(layer)
         try:
             for role, child in list(layer.children()):
                 below = _granted(layer, role)
@@ -463,6 +467,9 @@ class Graph:
                 del self._uses[layer]
             self._end(layer)
             raise
+        finally:
+            with self._lock:
+                self._opening.remove(layer)
         self._withdraw(use)
         return use
 
@@ -493,12 +500,12 @@ class Graph:
         new: Layer,
         users: Collection[Use] = (),
         *,
-        edges: bool = True,
+        edges: bool | Layer = True,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Have users of ``old`` use ``new``, both of which are open: ``users`` from outside, and (``edges``) all whose
-        child ``old`` is, but for those that are ``new`` or below it. So a layer is put in above another (``new`` stands
-        on ``old``), or taken out again.
+        """Have users of ``old`` use ``new``, both of which are open: ``users`` from outside, and all whose child
+        ``old`` is, but for those that are ``new`` or below it (``edges``: none of these; or one parent alone). So a
+        layer is put in above another (``new`` stands on ``old``), or taken out again.
 
         In a drained section of all that reach either. ``then`` is called when it is so, before ``old`` is closed if it
         has no user left. Raises ExcludedError, with nothing changed; and what closing raises.
@@ -506,6 +513,8 @@ class Graph:
         below = {layer for _, layer in walk(new)}
         with self._lock:
             moved = [edge for edge in self._edges.get(old, ()) if edges and edge._parent not in below]
+            if isinstance(edges, Layer):
+                moved = [edge for edge in moved if edge._parent is edges]
             self._move([*users, *(edge.use for edge in moved)], old, new)
             for edge in moved:
                 self._edges[old].remove(edge)
@@ -536,6 +545,118 @@ class Graph:
                 use.layer = old
             self._regrant(new)
             self._regrant(old)
+            raise
+
+    def claim(self, layer: Layer, *, user: str, grant: Grant) -> Use:
+        """Count one more user of ``layer``, which is open; read-only it may be yet. Raises ExcludedError."""
+        use = Use(layer, grant, user)
+        with self._lock:
+            self._count(use)
+        return use
+
+    def hide_changes(self, layer: Layer, *, hidden: bool) -> None:
+        """Say whether what changes in the layer's backing file is of no concern to it (`Layer.hides_changes`). Raises
+        ExcludedError, with nothing changed."""
+        with self._lock:
+            before, layer.hides_changes = layer.hides_changes, hidden
+            if layer not in self._uses:
+                return  # it has been closed
+            try:
+                self._regrant(layer)
+            except ExcludedError:
+                layer.hides_changes = before
+                self._regrant(layer)
+                raise
+
+    # -- opening anew ------------------------------------------------------------------------------------------------
+
+    def reopen(self, layer: Layer, *, read_only: bool) -> None:
+        """Open ``layer``, and what its own bytes are in, for other access: to be written, or not to be any more (but
+        for what others write).
+
+        In a drained section of all that reach it. Raises ConfigError, ImageError, RequestError, OSError, with all as it
+        was; unless what was open cannot be opened again, which raises, too.
+        """
+        finish(layer.flush())
+        nodes = [node for node in _own(layer) if node.is_open_for_writing == read_only]
+        if read_only:
+            self._close_for_writing(layer, nodes)
+        else:
+            self._open_for_writing(nodes)
+        for node in {layer, *nodes}:
+            self.changed(node, 0, node.size)
+
+    def orphan(self, layer: Layer, role: str) -> None:
+        """Take a child away from ``layer``, which has no use for it any more. As `reopen`."""
+        finish(layer.flush())
+        edge = getattr(layer, role)
+        assert isinstance(edge, Child) and layer._opener is not None
+        setattr(layer, role, False)
+        try:
+            self._open_anew([layer], read_only=layer._opener.read_only)
+        except BaseException:
+            setattr(layer, role, edge)
+            self._open_anew([layer], read_only=layer._opener.read_only)
+            raise
+        self.changed(layer, 0, layer.size)
+        self._part(edge)
+
+    def _open_for_writing(self, nodes: Sequence[Layer]) -> None:
+        """Reopen the nodes, parents first, to be written: what others stand on is before these."""
+        with self._lock:
+            self._turn(nodes, to_write=True)
+        try:
+            self._open_anew(nodes[::-1], read_only=False)
+        except BaseException:
+            with self._lock:
+                self._turn(nodes, to_write=False)
+            raise
+
+    def _close_for_writing(self, layer: Layer, nodes: Sequence[Layer]) -> None:
+        """Reopen the nodes, of which ``layer`` is on top, not to be written any more, but for those that others write.
+        Each may write to those below it until it has been reopened."""
+        done: list[Layer] = []
+        try:
+            for node in nodes:
+                if node is layer or not node.grant.writes:
+                    self._open_anew([node], read_only=True)
+                    done.append(node)
+                    with self._lock:
+                        self._turn([node], to_write=False)
+        except BaseException:
+            with self._lock:
+                self._turn(done, to_write=True)
+            self._open_anew(done[::-1], read_only=False)
+            raise
+
+    def _turn(self, nodes: Sequence[Layer], *, to_write: bool) -> None:
+        """Grant the nodes, parents first, what it takes to be open so. Raises ExcludedError, with nothing changed.
+        Locked."""
+        for node in nodes:
+            node.is_open_for_writing = to_write
+        try:
+            for node in nodes:
+                self._regrant(node)
+        except ExcludedError:
+            for node in nodes:
+                node.is_open_for_writing = not to_write
+            for node in nodes:
+                self._regrant(node)
+            raise
+
+    def _open_anew(self, nodes: Sequence[Layer], *, read_only: bool) -> None:
+        """Reopen the nodes in this order. What fails is undone."""
+        done: list[tuple[Layer, Opener]] = []
+        try:
+            for node in nodes:
+                assert node._opener is not None, "not open"
+                done.append((node, node._opener))
+                _reopen(node, node._opener.for_access(read_only=read_only))
+        except BaseException as error:
+            if isinstance(error, ConfigError):
+                done.pop()  # it has changed nothing
+            for node, opener in reversed(done):
+                _reopen(node, opener)
             raise
 
     def _part(self, edge: Child) -> None:
@@ -598,17 +719,22 @@ class Graph:
             if is_read_only:
                 self._check([*self._uses[layer], use])
                 use.grant = use.grant._replace(used=use.grant.used & READ)
-            self._uses.setdefault(layer, []).append(use)
-            try:
-                self._regrant(layer)
-            except ExcludedError:
-                self._uses[layer].remove(use)
-                if self._uses[layer]:
-                    self._regrant(layer)
-                else:
-                    del self._uses[layer]
-                raise
+            self._count(use)
         return is_open
+
+    def _count(self, use: Use) -> None:
+        """Count a user in. Raises ExcludedError, with nothing changed. Locked."""
+        layer = use.layer
+        self._uses.setdefault(layer, []).append(use)
+        try:
+            self._regrant(layer)
+        except ExcludedError:
+            self._uses[layer].remove(use)
+            if self._uses[layer]:
+                self._regrant(layer)
+            else:
+                del self._uses[layer]
+            raise
 
     def _withdraw(self, use: Use) -> None:
         """What turns out to be read-only when it is open is not written."""
@@ -682,7 +808,8 @@ class Graph:
             with self._lock:
                 node.changes += 1
                 sinks = tuple(self._sinks.get(node, ()))
-                edges = tuple(self._edges.get(node, ()))
+                # Who is about to open has asked for nothing yet that could have changed.
+                edges = tuple(edge for edge in self._edges.get(node, ()) if edge._parent not in self._opening)
             for sink in sinks:
                 sink(start, count)
             for edge in edges:
@@ -695,6 +822,22 @@ def _granted(parent: Layer, role: str) -> Grant:
     is about to be put in, or has been taken out."""
     grant = parent.child_grant(role, parent.grant)
     return ONLOOKER if parent.grant == ONLOOKER and not grant.used else grant
+
+
+def _own(layer: Layer) -> Iterator[Layer]:
+    """The layer and those that its own bytes are in, so not its backing files: parents first."""
+    pending, seen = [layer], set[Layer]()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(bare(child) for role, child in node.children() if role != "backing")
+
+
+def _reopen(layer: Layer, opener: Opener) -> None:
+    layer.reopen(opener)
+    layer._opener = opener
 
 
 def _is_never_written(parent: Layer, role: str) -> bool:

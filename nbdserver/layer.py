@@ -135,6 +135,9 @@ class Opener(Protocol):
         """Open a regular file or block device that the *configuration* named; locks it for what its layer's users are
         granted. ConfigError, ImageError."""
 
+    def reopen(self, file: OpenFile, *, read_only: bool) -> OpenFile:
+        """The same file as `file` gave, open for other access; ``file`` is closed. ImageError, with nothing changed."""
+
     def memory(self, size: int, name: str) -> OpenFile:
         """Anonymous memory of ``size`` zero bytes, as a file."""
 
@@ -206,6 +209,9 @@ class Layer:
         self.grant = permissions.READER
         #: Whether it has been opened to be written.
         self.is_open_for_writing = False
+        #: Whether what changes in its backing file changes nothing here, because it changes only where this layer has
+        #: something itself: a commit is under way. Set by who sees to that.
+        self.hides_changes = False
         #: How often the mapping of this layer, or of anything below it, has changed. See `graph.execute`.
         self.changes = 0
         self.buffer_counters = BufferCounters()
@@ -222,6 +228,15 @@ class Layer:
         and then attached as attributes (`nbdserver.graph.attach`).
 
         Raises ImageError, ConfigError.
+        """
+
+    def reopen(self, opener: Opener) -> None:
+        """Be open for other access from now on: to be written or not, as ``opener.read_only`` says. Called in a drained
+        section, when everything has been flushed; children that it will write are open for that. By default: there is
+        nothing to do.
+
+        Raises ConfigError, with nothing changed; ImageError, OSError: it is called once more then, for the access that
+        it had.
         """
 
     def close(self) -> None:
@@ -288,7 +303,7 @@ class Layer:
         do to it meanwhile. Asked also before the layer is open."""
         match role:
             case "backing":
-                return permissions.as_backing(own)
+                return permissions.ONLOOKER if self.hides_changes else permissions.as_backing(own)
             case "data_file":
                 return permissions.as_data(own)
             case _:

@@ -70,6 +70,31 @@ def lock_image(fd: int, path: str, grant: Grant) -> None:
         )
 
 
+def relock_image(fd: int, path: str, before: Grant, after: Grant) -> None:
+    """Have the image that is locked by ``fd`` for ``before`` be locked for ``after``, with no moment in between. Raises
+    as `lock_image` does, with nothing changed."""
+    try:
+        lock_image(fd, path, after)
+    except ImageError:
+        _unmark(fd, after, before)
+        raise
+    _unmark(fd, before, after)
+
+
+def _unmark(fd: int, grant: Grant, kept: Grant) -> None:
+    """Take back the marks of ``grant`` that ``kept`` does not have."""
+    for base, permissions in (
+        (USED_BASE, grant.used & ~kept.used),
+        (UNSHARED_BASE, kept.shared & ~grant.shared),
+    ):
+        for permission in permissions:
+            try:
+                _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, base, permission)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+
+
 def _mark(fd: int, base: int, permissions: Permission) -> None:
     for permission in permissions:
         _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, base, permission)

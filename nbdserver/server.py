@@ -229,6 +229,15 @@ class Export:
         self.info = dataclasses.replace(self.info, contexts=contexts.names)
         old.close()
 
+    def renew(self) -> None:
+        """Other layers are below, or open in another way, in a drained section. What of the bitmaps is there no more is
+        not offered any longer. Raises ImageError, OSError."""
+        old, self._contexts = self._contexts, self._contexts.renewed(self.root)
+        self.info = dataclasses.replace(self.info, contexts=self._contexts.names)
+        old.close()
+        self.engine_export.writethrough = self.root.writethrough
+        self.resized()
+
     def resized(self) -> None:
         """The root has another size, in a drained section: clients learn of it when they connect again."""
         self.engine_export.size = self.root.size
@@ -487,6 +496,8 @@ class Server:
         self.listeners: list[Listener] = []
         #: Is told of exports that have ended after their last client.
         self.on_end: Callable[[Export], None] = lambda export: None
+        #: Is told of layers that stand in the place of others, in a drained section of these.
+        self.on_replace: Callable[[Layer, Layer], None] = lambda old, new: None
         #: Long work on its exports.
         self.jobs = Jobs()
         self._stopping = threading.Event()
@@ -625,8 +636,53 @@ class Server:
                     export.show(new)
 
             self._graph.replace(old, new, [export.use for export in roots], then=show)
+            self.on_replace(old, new)
             for export in exports:
-                export.resized()
+                export.renew()
+
+    def redirect(self, parent: Layer, old: Layer, new: Layer) -> None:
+        """`replace`, for one parent of ``old``, and nobody else."""
+        with self.drained(old) as exports:
+            self._graph.replace(old, new, edges=parent)
+            for export in exports:
+                export.renew()
+
+    def reopen(self, layer: Layer, *, read_only: bool) -> None:
+        """Open ``layer``, but not its backing file, for other access: `Graph.reopen`. Not from within a request. Raises
+        as that does, and TimeoutError."""
+        with self.drained(layer) as exports:
+            self._graph.reopen(layer, read_only=read_only)
+            for export in exports:
+                export.renew()
+
+    def orphan(self, layer: Layer) -> None:
+        """Take its backing file away from ``layer``, which shows nothing of it: `Graph.orphan`. As `reopen`."""
+        with self.drained(layer) as exports:
+            self._graph.orphan(layer, "backing")
+            for export in exports:
+                export.renew()
+
+    @contextlib.contextmanager
+    def claimed(self, layer: Layer, grant: Grant, *, user: str = ADDED) -> Iterator[None]:
+        """Use ``layer``, which is open, for the time of the block, in this way, which others must share. Raises
+        ConfigError."""
+        with self.changing():
+            use = self._graph.claim(layer, user=user, grant=grant)
+        try:
+            yield
+        finally:
+            with self.changing():
+                self._graph.close(layer, use)
+
+    @contextlib.contextmanager
+    def hiding(self, layers: Iterable[Layer]) -> Iterator[None]:
+        """Have what changes below these layers be of no concern to them for the time of the block
+        (`Layer.hides_changes`)."""
+        with contextlib.ExitStack() as ending:
+            for layer in layers:
+                self._graph.hide_changes(layer, hidden=True)
+                ending.callback(self._graph.hide_changes, layer, hidden=False)
+            yield
 
     def _opener(self, read_only: bool, roots: Sequence[str | os.PathLike[str]], user: str) -> FileOpener:
         return FileOpener(

@@ -21,9 +21,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbdserver import listening, uri
@@ -31,11 +32,12 @@ from nbdserver.config import Config, Disks, ExportConfig, layer_over, one_export
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.explain import trial
 from nbdserver.files import BusyError
-from nbdserver.graph import Child, ExcludedError, bare, walk
+from nbdserver.graph import Child, ExcludedError, walk
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
 from nbdserver.listening import Listener
+from nbdserver.live.chain import active
 from nbdserver.offers import KEEP, Removal
 from nbdserver.templates import Template
 
@@ -139,6 +141,12 @@ class Service:
         self._nodes: dict[str, Layer] = {}
         self._listeners: dict[str, Listener] = {}
         self._is_over = threading.Event()
+        self.server.on_replace = self._replaced
+
+    @property
+    def roots(self) -> Sequence[str]:
+        """Directories that images may name files in, and where new ones may be made."""
+        return self._config.roots
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -295,7 +303,7 @@ class Service:
         self._config, self._configured = plan.wanted, {**kept, **opened}
         for wanted in plan.wanted.exports:
             configured = self._configured[wanted.name]
-            configured.config = wanted
+            configured.config, configured.disk = wanted, plan.disks[wanted.name]
             if configured.export is not None:
                 configured.export.describe(wanted.description)
             if configured.template is not None:
@@ -433,12 +441,20 @@ class Service:
         ConfigError, TimeoutError, with nothing changed; and what closing it raises."""
         with self._drained_alone(name) as export:
             layer = export.root
+            for job in self.server.jobs.on([layer]):
+                raise ConfigError(f"the topmost layer of export {name!r} is there for job {job.id!r}")
             if not layer.is_filter:
                 raise ConfigError(f"the topmost layer of export {name!r} is {layer.type}, which is no filter")
             below = dict(layer.children())["file"]
             assert isinstance(below, Child)
             export.replace_root(below.layer)
             return layer.type
+
+    def _replaced(self, old: Layer, new: Layer) -> None:
+        """A layer stands in the place of another: nodes of that name mean it from now on."""
+        for name, layer in self._nodes.items():
+            if layer is old:
+                self._nodes[name] = new
 
     @contextlib.contextmanager
     def _drained_alone(self, name: str) -> Iterator[Export]:
@@ -501,7 +517,7 @@ class _Plan:
         self.report = Reload(restart=list(_fixed(before, wanted)))
         for export in wanted.exports:
             there = configured.get(export.name)
-            if there is not None and there.is_served and there.disk == self.disks[export.name]:
+            if there is not None and there.is_served and self._is_same(there, export):
                 self.report.unchanged.append(export.name)
                 continue
             self.new.append(export)
@@ -510,6 +526,19 @@ class _Plan:
         going = [there for name, there in configured.items() if name not in self.report.unchanged]
         self.leaving = [there.export for there in going if there.export is not None and there.is_served]
         self.leaving_templates = [there.template for there in going if there.template is not None]
+
+    def _is_same(self, there: Configured, wanted: ExportConfig) -> bool:
+        """Whether the disk is described as it was; or with the image that a snapshot or a commit has brought."""
+        if there.disk == self.disks[wanted.name]:
+            return True
+        if there.export is None or wanted.image is None or there.config.image is None:
+            return False
+        image = active(there.export.root)
+        if image.filename is None or os.path.realpath(image.filename) != os.path.realpath(wanted.image):
+            return False
+        is_format = wanted.format == image.type or (wanted.format is None and image.type != "raw")
+        before = dataclasses.replace(wanted, image=there.config.image, format=there.config.format)
+        return is_format and self._disks.of(before) == there.disk
 
     def keeps(self, node: str) -> bool:
         """Whether the node is made of what it was."""
@@ -564,19 +593,12 @@ def _at_table(export: ExportConfig) -> Iterator[None]:
         raise ConfigError(str(error), file=export.where.file, table=export.where.table) from error
 
 
-def _disk(layer: Layer) -> Layer:
-    """The layer below the filters at the top."""
-    while layer.is_filter:
-        layer = bare(dict(layer.children())["file"])
-    return layer
-
-
 def row_of(wanted: ExportConfig, layer: Layer, read_only: bool) -> dict[str, Any]:
     """An export that is open as ``layer``, as JSON has it."""
     return {
         "name": wanted.name,
         "size": layer.size,
-        "format": _disk(layer).type,
+        "format": active(layer).type,
         "read_only": read_only or layer.read_only,
         "description": wanted.description,
         "default": wanted.default,

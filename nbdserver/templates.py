@@ -26,21 +26,15 @@ from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.files import Files
 from nbdserver.handshake import ExportInfo, Unavailable
 from nbdserver.image import creation
-from nbdserver.image.opening import Images
+from nbdserver.image.allocation import SECTOR
+from nbdserver.image.creation import OVERLAY, UNFINISHED_SUFFIX
 
 if TYPE_CHECKING:
     from nbdserver.server import Export, Server
 
-#: What sizes of overlays are multiples of.
-SECTOR: Final = 512
-
-#: What overlays are.
-FORMAT: Final = "qcow2"
-
-#: How the files of overlays end, after the export's name; and while they are being made.
-SUFFIX: Final = f".{FORMAT}"
-EPHEMERAL_SUFFIX: Final = f"@ephemeral.{FORMAT}"
-UNFINISHED_SUFFIX: Final = ".new"
+#: How the files of overlays end, after the export's name.
+SUFFIX: Final = f".{OVERLAY}"
+EPHEMERAL_SUFFIX: Final = f"@ephemeral.{OVERLAY}"
 
 
 class Template:
@@ -150,18 +144,11 @@ class Template:
 
     def _make_overlay(self, path: str) -> None:
         """A new overlay at ``path``, where it appears when it is whole, and replaces nothing."""
-        unfinished = path + UNFINISHED_SUFFIX
-        options = creation.creator(FORMAT).CreateOptions(backing_file=self._image, backing_fmt=self._format)
         cache = "unsafe" if self.config.ephemeral else "writeback"
-        with Images() as images:
-            creation.make(images, unfinished, FORMAT, self._size, options, cache=cache)
-            os.link(unfinished, path)
-            os.unlink(unfinished)
-        if not self.config.ephemeral:
-            _sync_directory(self.config.directory)
+        creation.make_overlay(path, self._size, self._image, self._format, cache=cache)
 
     def _open(self, name: str, path: str) -> Export:
-        layer = registry.image(path, FORMAT)
+        layer = registry.image(path, OVERLAY)
         options: dict[str, Any] = {
             "description": self.description,
             "tls_required": self.tls_required,
@@ -187,12 +174,3 @@ class Template:
 def _delete(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _sync_directory(path: str) -> None:
-    """Make what is in the directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

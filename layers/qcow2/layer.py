@@ -336,7 +336,24 @@ class Qcow2(Layer):
             if self.dirty_log is not None:
                 self.dirty_log.mark(0, self.size)
 
+    def reopen(self, opener: Opener) -> None:
+        if self._live is not None or (self._snapshots is not None and self._snapshots.is_shown):
+            raise ConfigError(f"{self.filename}: a snapshot of it is being shown beside it")
+        try:
+            self._shut()
+        finally:
+            self._writer = self._image = self._snapshots = self._header = self._marks = None
+            self._is_preallocated = None
+            self._mark_in(())
+        self.open(opener)
+
     def close(self) -> None:
+        self._shut()
+        if self._live is not None and self._held is not None:
+            self._live.release(self._held)
+
+    def _shut(self) -> None:
+        """Bring everything into the file, and end its use."""
         try:
             is_condemned = self._writer is not None and self._writer.is_condemned
             if self._bitmaps is not None and not is_condemned:
@@ -344,8 +361,6 @@ class Qcow2(Layer):
         finally:
             if self._writer is not None:
                 self._writer.close()
-        if self._live is not None and self._held is not None:
-            self._live.release(self._held)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,11 @@ class Snapshots:
         """The snapshots, oldest first."""
         return list(self._entries)
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether somebody shows one of them."""
+        return any(self._held.values())
+
     def size(self, id_or_name: str) -> int:
         """The size that the disk had when this snapshot was made, bytes. ENOENT."""
         return disk_size(self._image.storage, self._image.geometry, self._get(id_or_name))

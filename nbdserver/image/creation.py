@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
@@ -14,6 +16,7 @@ from nbdserver.extent import Size
 from nbdserver.files import resolve_name
 from nbdserver.format import Creates, Progress, grow, no_progress, preallocate
 from nbdserver.graph import reach
+from nbdserver.image.allocation import SECTOR
 from nbdserver.image.opening import EXACT, Images, fitting, layer_type
 from nbdserver.image.parameters import parse_size
 from nbdserver.layer import Layer
@@ -31,6 +34,10 @@ BOOLEANS: Final = {
 }
 
 HELP: Final = ("help", "?")
+
+#: What overlays are, and how their files end while they are being made.
+OVERLAY: Final = "qcow2"
+UNFINISHED_SUFFIX: Final = ".new"
 
 
 def creator(format: str) -> Creates:
@@ -138,6 +145,33 @@ def _data_file(images: Images, size: int, options: Any, cache: str, progress: Pr
     if options.preallocation in ("falloc", "full"):
         preallocate(reach(file), 0, size, written=options.preallocation == "full", progress=progress)
     return file
+
+
+def make_overlay(path: str, size: int, backing: str, backing_format: str, *, cache: str = "writeback") -> None:
+    """Make an empty overlay of ``size`` bytes (which are rounded up to sectors) on the image ``backing``, a path. It
+    appears at ``path`` when it is whole, and durable unless ``cache`` is "unsafe", and replaces nothing. Raises
+    ImageError, ConfigError, OSError: FileExistsError."""
+    unfinished = path + UNFINISHED_SUFFIX
+    options = creator(OVERLAY).CreateOptions(backing_file=backing, backing_fmt=backing_format)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(unfinished)  # left by one who was killed; not emptied, for it may have got its other name
+    with Images() as images:
+        make(images, unfinished, OVERLAY, -(-size // SECTOR) * SECTOR, options, cache=cache)
+        try:
+            os.link(unfinished, path)
+        finally:
+            os.unlink(unfinished)
+    if cache != "unsafe":
+        sync_directory(os.path.dirname(path) or ".")
+
+
+def sync_directory(path: str) -> None:
+    """Make what is in the directory durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]) -> Layer:
