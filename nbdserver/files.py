@@ -46,6 +46,7 @@ from nbdserver.limits import DEPTH_MAX, FRAMES_COUNT_MAX, IOV_COUNT_MAX, SECRET_
 from nbdserver.locks import lock_image, relock_image
 from nbdserver.permissions import ALL, READER, WRITER, Grant, as_backing, as_data, as_file, refused, together
 from nbdserver.probe import probe
+from nbdserver.ranges import Uses
 from nbdserver.request import Vector
 
 # -- one file ------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class PlainFile:
         self.limits = block_limits(fd, mode)
         self._syncs = mode.cache != "unsafe"
         self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-        self._uses = _Uses()
+        self._uses = Uses()
         self._sync_lock = threading.Lock()
         self._sync_failure: int | None = None
 
@@ -255,37 +256,6 @@ def _queue_attribute(device: int, name: str) -> int:
         with contextlib.suppress(OSError, ValueError), open(f"{place}/queue/{name}") as file:
             return int(file.read())
     return 0
-
-
-class _Uses:
-    """The ranges of one file that are in use now."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._running: set[_Use] = set()
-
-    @contextlib.contextmanager
-    def use(self, offset: int, length: int) -> Iterator[None]:
-        use = _Use(offset, offset + length)
-        with self._condition:
-            self._running.add(use)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._running.discard(use)
-                self._condition.notify_all()
-
-    def wait_unused(self, offset: int, length: int) -> None:
-        with self._condition:
-            waited_for = {use for use in self._running if use.start < offset + length and offset < use.end}
-            self._condition.wait_for(lambda: self._running.isdisjoint(waited_for))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Use:
-    start: int
-    end: int
 
 
 def _transfer_all(transfer: Callable[[list[memoryview], int], int], offset: int, vector: Vector) -> None:

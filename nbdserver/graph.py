@@ -149,7 +149,8 @@ def execute(layer: Layer, request: Request) -> None:
 
     What maps is done at its place, what is CODE by the layer that said so. A place is used as hazard pointers
     are: resolve, announce the use, see that the mapping has not changed meanwhile, and only then touch it; so a
-    layer that has called ``changed`` and then waits with ``wait_unused`` waits for us, or we have resolved again.
+    layer that has called ``changed`` and then waits with ``wait_unused`` waits for us, or we have resolved again. A
+    range of a layer below that is CODE there is a place, too (`Layer.code_uses`).
 
     Raises RequestError, OSError, ImageError.
     """
@@ -192,10 +193,11 @@ def _by_code(layer: Layer, offset: int, length: int) -> Iterator[Leaf]:
     yield Leaf(length, CODE, offset, False, layer, logs=tuple((log, offset) for log, _ in _own_log(layer)))
 
 
-def execute_leaf(layer: Layer, leaf: Leaf, request: Request) -> None:
-    """`execute`, for a request without flags within what ``layer`` has just been found to call CODE: ``leaf``."""
+def execute_leaf(layer: Layer, leaf: Leaf, request: Request, seen: int) -> bool:
+    """`execute`, for a request without flags within what ``layer`` called CODE when ``layer.changes`` was ``seen``:
+    ``leaf``. Whether it has been done: it is not if what was found is stale."""
     _arrive(layer, request, "enters the range")
-    _run(layer, leaf, request, layer.changes)
+    return _run(layer, leaf, request, seen)
 
 
 def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
@@ -205,12 +207,14 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
         meter.charge(part.length, operation is not Operation.READ)
     if leaf.target is CODE:
         assert leaf.layer is not None
-        if leaf.layer is not layer:
+        if leaf.layer is layer:
+            _run_code(layer, leaf, part)
+            return True
+        with leaf.layer.code_uses.use(leaf.offset, part.length):
+            if layer.changes != seen:
+                return False
             _arrive(leaf.layer, part, "is passed to its code")
-        code = leaf.layer
-        passed = flags.passed(code, part.moved(leaf.offset))
-        with _marked(leaf, part):
-            blocks.carry_out(passed, code, lambda request: _call(code, request))
+            _run_code(leaf.layer, leaf, part)
         return True
     if leaf.target is ZERO:
         if layer.changes != seen:
@@ -234,6 +238,13 @@ def _run(layer: Layer, leaf: Leaf, part: Request, seen: int) -> bool:
             for piece in (moved,) if file.limits is NO_LIMITS else blocks.parts(moved, file.limits):
                 _run_on_file(file, piece)
     return True
+
+
+def _run_code(code: Layer, leaf: Leaf, part: Request) -> None:
+    """Have a layer's code do the part of a leaf that is CODE."""
+    passed = flags.passed(code, part.moved(leaf.offset))
+    with _marked(leaf, part):
+        blocks.carry_out(passed, code, lambda request: _call(code, request))
 
 
 def _run_on_file(file: OpenFile, request: Request) -> None:

@@ -44,7 +44,7 @@ from nbdserver.extent import (
 )
 from nbdserver.limits import ZERO_PIECE
 from nbdserver.permissions import Grant
-from nbdserver.ranges import RangeLock
+from nbdserver.ranges import RangeLock, Uses
 from nbdserver.request import Flag, Request, Vector
 
 Parameters = ParamSpec("Parameters")
@@ -220,6 +220,8 @@ class Layer:
         self.dirty_log: DirtyLog | None = None
         #: Where its code writes, if that takes whole blocks only: who merges a part of one holds it alone (`blocks`).
         self.mutations = RangeLock()
+        #: The ranges that its code is called for by way of other layers' mappings, kept by `graph.execute`.
+        self.code_uses = Uses()
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -343,10 +345,12 @@ class Layer:
             self.changes += 1
 
     def wait_unused(self, offset: int, length: int) -> None:
-        """Wait for I/O still running on the place of this *child* range (see `OpenFile.wait_unused`).
+        """Wait for I/O still running on the place of this *child* range (see `OpenFile.wait_unused`), and for requests
+        still in the child's code that the mapping of a layer above has led there.
 
         For ranges whose mapping is static, as a format's ``file`` child is. Hold no lock.
         """
+        self.code_uses.wait_unused(offset, length)
         for extent in self.resolve(offset, length, Intent.READ):
             if length <= 0:
                 break

@@ -6,6 +6,8 @@ never wait for each other::
 
     arrival order   [0, 8) shared   [4, 12) exclusive   [6, 10) shared   [20, 24) exclusive
     granted?        yes             waits for 1         waits for 2      yes
+
+And `Uses`: which ranges are in use, for those who wait until one no longer is.
 """
 
 from __future__ import annotations
@@ -70,6 +72,43 @@ class RangeLock:
                     later.blockers -= 1
                     if later.blockers == 0:
                         later.granted.set()
+
+
+class Uses:
+    """The byte ranges that are in use now: hazard pointers. Who uses a range announces that, looks again whether it still
+    is what was resolved, and only then touches it; so whoever changes the mapping first, and waits then, is safe."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running: set[_Use] = set()
+
+    @contextlib.contextmanager
+    def use(self, offset: int, length: int) -> Iterator[None]:
+        """Use ``length`` bytes from ``offset`` for the time of the block."""
+        use = _Use(offset, offset + length)
+        with self._condition:
+            self._running.add(use)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running.discard(use)
+                self._condition.notify_all()
+
+    def wait_unused(self, offset: int, length: int) -> None:
+        """Return when no use of the range that began before this call is still running."""
+        with self._condition:
+            waited_for = {use for use in self._running if use.start < offset + length and offset < use.end}
+            self._condition.wait_for(lambda: self._running.isdisjoint(waited_for))
+
+
+class _Use:
+    """One use; compared by identity."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
 
 
 class _Claim:

@@ -290,6 +290,7 @@ class Export:
                         execute(self.root, Request.write(offset, _vector(fault, offset, length)))
                         wanted = fault.done(length)
                         continue
+                    seen = self.root.changes
                     leaves = flatten(self.root, offset, length, Intent.WRITE)
                     first = next(leaves)
                     if fills < FILLS_COUNT_MAX and self._effects.is_writable(first):
@@ -297,7 +298,7 @@ class Export:
                         fills += 1
                         wanted = fault.again()
                     else:
-                        wanted = fault.done(self._write(fault, offset, length, first, leaves))
+                        wanted = fault.done(self._write(fault, offset, length, seen, first, leaves))
                 case "read":
                     execute(self.root, Request.read(offset, _vector(fault, offset, length)))
                     wanted = fault.done(length)
@@ -353,12 +354,16 @@ class Export:
                     break
         self.engine_export.fill(fault.sequence, offset, leaves)
 
-    def _write(self, fault: _engine.Fault, offset: int, length: int, first: Leaf, others: Iterator[Leaf]) -> int:
+    def _write(
+        self, fault: _engine.Fault, offset: int, length: int, seen: int, first: Leaf, others: Iterator[Leaf]
+    ) -> int:
         """Write what has to go through the layers, from the start of the range up to a place that may be written as it
-        is, but not nothing; how much that was."""
+        is, but not nothing; how much that was. ``first`` and ``others``: what was found when ``changes`` was ``seen``."""
         count = min(first.length, length)
         if count == length and first.target is CODE:
-            execute_leaf(self.root, first, Request.write(offset, _vector(fault, offset, count)))
+            request = Request.write(offset, _vector(fault, offset, count))
+            if not execute_leaf(self.root, first, request, seen):
+                execute(self.root, request)
             return count
         while count < length and (leaf := next(others, None)) is not None and not self._effects.is_writable(leaf):
             count = min(count + leaf.length, length)

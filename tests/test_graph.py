@@ -21,6 +21,7 @@ from nbdserver.graph import Child, Graph, Leaf, execute, flatten
 from nbdserver.layer import BASE_ALLOCATION, Layer, Opener
 from nbdserver.limits import DEPTH_MAX
 from nbdserver.permissions import READER
+from nbdserver.ranges import Uses
 from nbdserver.reference import open_stack
 from nbdserver.request import Flag, Request, Vector
 
@@ -320,6 +321,79 @@ def test_who_frees_a_place_waits_for_those_who_use_it(file: PlainFile) -> None:
     reader.join(10)
     changer.join(10)
     assert got == [b"good"]
+
+
+class Coded(Layer):
+    """Memory that only its code reads and writes, which calls ``before`` first."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._data = bytearray(data)
+        self.before = lambda: None
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def read(self, request: Request) -> None:
+        self.before()
+        request.vector.fill(self._data[request.offset : request.end])
+
+    def write(self, request: Request) -> None:
+        self._data[request.offset : request.end] = request.vector.tobytes()
+
+
+def test_who_frees_a_place_waits_for_code_that_was_called_for_it() -> None:
+    """What a mapping leads to may be another layer's code: it is a user of its range until it returns."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert go_on.wait(10)
+
+    below = Coded(b"good")
+    below.before = hold
+    root = Table([Extent(4, below, 0, True)], [below])
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(read(root, 0, 4)))
+    reader.start()
+    assert entered.wait(10)
+
+    def overwrite() -> None:
+        root.changed(0, 4)
+        below.wait_unused(0, 4)
+        below.write(Request.write(0, Vector.of(b"evil")))
+
+    changer = threading.Thread(target=overwrite)
+    changer.start()
+    changer.join(0.1)
+    assert changer.is_alive()
+    go_on.set()
+    reader.join(10)
+    changer.join(10)
+    assert got == [b"good"]
+
+
+def test_a_mapping_to_code_that_changes_before_its_use_is_resolved_again() -> None:
+    below = Coded(b"old....new.")
+    root = Table([Extent(4, below, 0, True)], [below])
+    interruptions = [None]
+
+    class Interrupting(Uses):
+        def use(self, offset: int, length: int) -> contextlib.AbstractContextManager[None]:
+            if interruptions:
+                interruptions.pop()
+                root.extents[0] = Extent(4, below, 7, True)
+                root.changed(0, 4)
+                below.wait_unused(0, 4)
+                below.write(Request.write(0, Vector.of(b"evil")))
+            return super().use(offset, length)
+
+    below.code_uses = Interrupting()
+    assert read(root, 0, 4) == b"new."
+    interruptions.append(None)
+    execute(root, Request.write(0, Vector.of(b"data")))
+    assert below._data == b"evil...data"
 
 
 def test_a_zero_that_changes_is_resolved_again(file: PlainFile) -> None:
