@@ -23,9 +23,10 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypedDict
 
 from nbdserver import dirty, registry
 from nbdserver.errors import ConfigError, ImageError
@@ -565,11 +566,51 @@ class _Unmetered:
 PROTOCOL_FORMATS: Final = {"file": "raw", "host_device": "raw"}
 
 
+class Source(TypedDict):
+    """Where a secret is: what `layer.Opener.secret` takes, all but one None."""
+
+    key_file: str | None
+    key_env: str | None
+    key_fd: int | None
+
+
+class Keys:
+    """Secrets that have names, and images that some of them are the keys of, wherever such an image is named."""
+
+    def __init__(self, sources: Mapping[str, Source] = MappingProxyType({})) -> None:
+        self.sources = sources
+        self._images: dict[str, Source] = {}
+        self._read: dict[int, bytes] = {}
+
+    def source(self, name: str) -> Source:
+        """Where the secret of that name is. Raises ConfigError."""
+        source = self.sources.get(name)
+        if source is None:
+            known = ", ".join(map(repr, self.sources)) or "none"
+            raise ConfigError(f"there is no secret {name!r}; there are: {known} (name one by --object secret)")
+        return source
+
+    def set(self, path: str, name: str) -> None:
+        """Have the secret of that name be the key of the image at ``path``. Raises ConfigError."""
+        self._images[os.path.realpath(path)] = self.source(name)
+
+    def read_once(self, fd: int) -> bytes:
+        """All that a descriptor gives; it may be the key of several images. Raises ConfigError."""
+        if fd not in self._read:
+            self._read[fd] = _contents("key-fd", fd)
+        return self._read[fd]
+
+    def of(self, path: str) -> dict[str, object]:
+        """The keys of the layer for the image at ``path`` that say where its passphrase is; none if nobody said."""
+        return dict(self._images.get(os.path.realpath(path), {}))
+
+
 class FileOpener:
     """`layer.Opener` for one export: what its layers may open.
 
     ``roots``: directories, besides the one of the image that the configuration names, that images may name files
     in (both include what is below them). ``read_only``: whether the export is. ``user``: who opens files, for errors.
+    ``keys``: `Keys`.
     """
 
     def __init__(
@@ -584,8 +625,10 @@ class FileOpener:
         dirty_bitmap: Callable[[int, int], DirtyBitmap] = dirty.Bitmap,
         dirty_log: Callable[[], DirtyLog] = dirty.Log,
         user: str = SOMEBODY,
+        keys: Keys | None = None,
     ) -> None:
         self._graph, self._files = graph, files
+        self._keys = keys or Keys()
         self._roots = tuple(os.path.realpath(root) for root in roots)
         self.read_only = read_only
         self._allocate = allocate
@@ -628,7 +671,12 @@ class FileOpener:
             found = " and ".join(key for key, _ in given) or "none"
             raise ConfigError(f"found {found}; a secret has exactly one source: {', '.join(sources)}", key="key-file")
         key, source = given[0]
-        return _environment(str(source)) if key == "key-env" else _contents(key, source)
+        if isinstance(source, int):
+            return self._keys.read_once(source)
+        return _environment(source) if key == "key-env" else _contents(key, source)
+
+    def named_secret(self, name: str) -> bytes:
+        return self.secret(**self._keys.source(name))
 
     def meter(self, limits: MeterLimits) -> Meter:
         return self._meter(limits) if self._meter is not None else _Unmetered()
@@ -670,9 +718,10 @@ class FileOpener:
                 dirty_bitmap=self.dirty_bitmap,
                 dirty_log=self.dirty_log,
                 user=self._user,
+                keys=self._keys,
             )
             opener._roots, opener._chain = roots, (*chain, identity)
-            layer = registry.image(path, format, self._mode)
+            layer = registry.image(path, format, self._mode, self._keys.of(path))
             self._graph.open(layer, opener, user=role, grant=grant, parent=named_by)
             if read_only:
                 self._files.images[identity, format, self._mode] = layer

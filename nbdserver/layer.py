@@ -159,6 +159,9 @@ class Opener(Protocol):
         """A secret, byte for byte, from the one source given: a file, an environment variable, or an inherited
         descriptor, which is read to its end. A layer's keys for them have these names. ConfigError."""
 
+    def named_secret(self, name: str) -> bytes:
+        """The secret that who opens images has given this name (QEMU's secret objects, by their IDs). ConfigError."""
+
     def meter(self, limits: MeterLimits) -> Meter:
         """A meter, for extents to go through. The reference executor's never waits."""
 

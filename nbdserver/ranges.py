@@ -75,8 +75,9 @@ class RangeLock:
 
 
 class Uses:
-    """The byte ranges that are in use now: hazard pointers. Who uses a range announces that, looks again whether it still
-    is what was resolved, and only then touches it; so whoever changes the mapping first, and waits then, is safe."""
+    """The byte ranges that are in use now: hazard pointers. Who uses a range announces that, looks again whether it
+    still is what was resolved, and only then touches it; so whoever changes the mapping first, and waits then, is safe.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()

@@ -358,7 +358,7 @@ class Export:
         self, fault: _engine.Fault, offset: int, length: int, seen: int, first: Leaf, others: Iterator[Leaf]
     ) -> int:
         """Write what has to go through the layers, from the start of the range up to a place that may be written as it
-        is, but not nothing; how much that was. ``first`` and ``others``: what was found when ``changes`` was ``seen``."""
+        is, but not nothing; how much that was. ``first`` and ``others`` were found when ``changes`` was ``seen``."""
         count = min(first.length, length)
         if count == length and first.target is CODE:
             request = Request.write(offset, _vector(fault, offset, count))

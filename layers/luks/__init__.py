@@ -10,10 +10,10 @@ Each key slot holds the master key, split into stripes (so that a slot can be wi
 its own. Sectors have 512 bytes, and each is encrypted by itself, under its number on the disk.
 
 ============= ========================================================================================
-`layer`       the layer: resolve, read, write
+`layer`       the layer                        `sectors`      the disk behind the header: resolve, read, write
 `header`      what is read, what is refused        `keyslots`     from a passphrase to the master key
 `ciphers`     sectors encrypted and decrypted      `antiforensic` the stripes of a key
-`limits`      what an image may ask for
+`info`        what QEMU tells of it            `limits`       what an image may ask for
 ============= ========================================================================================
 
 Specification: "LUKS1 On-Disk Format Specification"; structures are declared in `layers.ondisk.luks`. AES in modes xts,

@@ -1,11 +1,12 @@
 """The anti-forensic splitter: a key spread over stripes, all of which are needed to have it back.
 
-Specification: "Anti-forensic information splitting". Only merging is needed here; splitting makes key slots.
+Specification: "Anti-forensic information splitting". Splitting makes key slots, merging opens them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 
 
@@ -17,6 +18,16 @@ def merge(stripes: bytes, length: int, hash: str) -> bytes:
     for stripe in spread:
         mixed = _diffuse(_xor(mixed, stripe), hash)
     return _xor(mixed, last)
+
+
+def split(key: bytes, count: int, hash: str) -> bytes:
+    """``count`` stripes of which `merge` makes the key: all are random but the last."""
+    stripes, mixed = bytearray(), bytes(len(key))
+    for _ in range(count - 1):
+        stripe = os.urandom(len(key))
+        stripes += stripe
+        mixed = _diffuse(_xor(mixed, stripe), hash)
+    return bytes(stripes + _xor(mixed, key))
 
 
 def _diffuse(data: bytes, hash: str) -> bytes:

@@ -70,8 +70,11 @@ class Header:
     digest: bytes
     digest_salt: bytes
     digest_iterations: int
+    uuid: str
     #: The key slots in use: at least one.
     slots: tuple[KeySlot, ...]
+    #: Where in the image the stripes of every key slot are, or would be.
+    material_offsets: tuple[int, ...]
 
     @property
     def material_length(self) -> int:
@@ -89,15 +92,21 @@ def read_header(file: Layer, payload: Layer) -> Header:
 
     Raises ImageError, OSError.
     """
-    return _Parser(file, payload).parse()
+    return _Parser(file, payload.size, is_detached=file is not payload).parse()
+
+
+def read_embedded(part: Layer, offset: int) -> Header:
+    """The same of a header that is in an image of another format, which says where the payload is: ``part`` of it, from
+    ``offset`` on. (What the header says of the payload means nothing.)"""
+    return _Parser(part, None, is_detached=False, base=offset).parse()
 
 
 class _Parser:
-    def __init__(self, file: Layer, payload: Layer) -> None:
-        self._path = file.filename
+    def __init__(self, file: Layer, payload_size: int | None, *, is_detached: bool, base: int = 0) -> None:
+        self._path, self._base = file.filename, base
         self._file_size = file.size
-        self._payload_size = payload.size
-        self._is_detached = file is not payload
+        self._payload_size = payload_size
+        self._is_detached = is_detached
         self._head = file.pread(0, min(HEADER_LENGTH, self._file_size))
 
     def parse(self) -> Header:
@@ -121,10 +130,12 @@ class _Parser:
             digest=fields.mk_digest,
             digest_salt=fields.mk_digest_salt,
             digest_iterations=fields.mk_digest_iterations,
+            uuid=fields.uuid.partition(b"\0")[0].decode("ascii", "backslashreplace"),
             slots=tuple(
                 KeySlot(number, slot.iterations, slot.salt, slot.material_offset_sectors * SECTOR)
                 for number, slot in _active(slots)
             ),
+            material_offsets=tuple(slot.material_offset_sectors * SECTOR for slot in slots),
         )
 
     def _check_kind(self) -> None:
@@ -204,6 +215,8 @@ class _Parser:
         self._check_payload(fields.payload_offset_sectors * SECTOR, taken)
 
     def _check_payload(self, payload: int, taken: list[tuple[int, int, str]]) -> None:
+        if self._payload_size is None:
+            return
         if not self._is_detached:
             if payload == 0:
                 self._refuse("is the detached header of a disk in another file: name that as file, this as header")
@@ -249,7 +262,8 @@ class _Parser:
             left -= iterations * hashes
 
     def _refuse(self, message: str, offset: int | None = None, found: object = None, wanted: object = None) -> NoReturn:
-        raise ImageError(message, path=self._path, offset=offset, found=found, wanted=wanted)
+        at = None if offset is None else self._base + offset
+        raise ImageError(message, path=self._path, offset=at, found=found, wanted=wanted)
 
 
 def _active(slots: list[KeySlotFields]) -> Iterator[tuple[int, KeySlotFields]]:

@@ -11,5 +11,14 @@ from nbdserver.limits import KIB
 #: eight slots that were each made to take two seconds of a very fast one, which is what QEMU and cryptsetup aim at.
 HASH_ROUNDS_COUNT_MAX: Final = 1 << 27
 
+#: The fewest iterations of PBKDF2 in a new header, however quick they are: the specification's, and cryptsetup's.
+ITERATIONS_MIN: Final = 1000
+
+#: The longest that trying a passphrase on a new key slot may be asked to take.
+ITER_TIME_MAX_MS: Final = 3_600_000
+
+#: Key slots of a new header begin at multiples of this: the specification's LUKS_ALIGN_KEYSLOTS.
+KEY_ALIGNMENT: Final = 4 * KIB
+
 #: What is decrypted at once: it is copied on the way, so not too much.
 DECRYPT_MAX: Final = 64 * KIB

@@ -46,6 +46,9 @@ MK_DIGEST_ITERATIONS_AT: Final = 164
 
 MK_DIGEST_LENGTH: Final = 20
 
+#: Of every PBKDF2 here.
+SALT_LENGTH: Final = 32
+
 # -- Key slots (specification: "key slot layout") ----------------------------------------------------------------------
 
 

@@ -70,7 +70,9 @@ REFCOUNT_TABLE_FIELDS: Final = struct.Struct(">QI")
 AUTOCLEAR_FIELD: Final = struct.Struct(">Q")
 INCOMPATIBLE_FIELD: Final = struct.Struct(">Q")
 
-CRYPT_METHODS: Final = {1: "AES", 2: "LUKS"}
+CRYPT_NONE: Final = 0
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
 
 INCOMPATIBLE_DIRTY: Final = 1 << 0
 INCOMPATIBLE_CORRUPT: Final = 1 << 1

@@ -7,7 +7,8 @@
                               zero        ──> zeroes
                               compressed  ──> code        deflate, zstd
 
-"file" is the image itself, or an external data file.
+"file" is the image itself, or an external data file. Where the image is encrypted, normal clusters are reached through a
+cipher.
 
 Reading and writing in place need nothing of this package once an extent is known. All else, a write that must
 allocate, zeroing and trimming, ends in a change of the tables in memory, which a flush brings into the file.
@@ -22,6 +23,7 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 `header`         what is read and refused     `survey`      checks before the first write
 `storage`        the image file               `host`        host clusters, there or in a data file
 `compression`    decompressing                `intervals`   sets of numbers as runs
+`encryption`     guest data that lies encrypted in the file
 `snapshots`      made, applied, deleted       `points`      what it takes to pass a point in time
 `snapshot_table` the table of them            `references`  what L2 tables refer to
 `head`           the header's fields that change at points in time
@@ -38,7 +40,8 @@ allocate, zeroing and trimming, ends in a change of the tables in memory, which 
 ================ ============================================================================
 
 Specification: QEMU's ``docs/interop/qcow2.rst``; structures are declared in `layers.ondisk.qcow2`. Refused by name:
-encryption, unknown incompatible features; for writing also images that are marked as corrupt.
+the AES encryption that QEMU had before LUKS, unknown incompatible features; for writing also images that are marked as
+corrupt.
 """
 
 from layers.qcow2.layer import Qcow2

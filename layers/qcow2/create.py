@@ -2,8 +2,9 @@
 
 ::
 
-    header │ refcount table │ refcount blocks │ L1 table │ L2 tables │ data
-                                                           with preallocation only
+    header │ refcount table │ refcount blocks │ L1 table │ L2 tables │ encryption header │ data
+                                                           with                            with
+                                                           preallocation                   preallocation
 
 The header is written last, when all that it names is durable: what a crash leaves is either no qcow2 image or the
 image. An image without preallocation has the layout that QEMU gives it.
@@ -17,14 +18,20 @@ import sys
 from array import array
 from typing import Final, Literal
 
+from layers.luks.create import Recipe, make_header
+from layers.luks.keyslots import Unlocked
 from layers.ondisk.qcow2 import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZLIB,
     COMPRESSION_ZSTD,
     COPIED,
+    CRYPT_LUKS,
+    CRYPT_NONE,
+    ENCRYPTION_FIELDS,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
+    EXTENSION_ENCRYPTION,
     EXTENSION_FEATURE_NAMES,
     HEADER_LENGTH_3,
     HEADER_LENGTH_3_MIN,
@@ -38,6 +45,7 @@ from layers.ondisk.qcow2 import (
     HeaderFields3,
 )
 from layers.qcow2.compose import FEATURE_NAMES_CLUSTER_MIN, FirstCluster, feature_names
+from layers.qcow2.encryption import Encrypted
 from layers.qcow2.limits import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
@@ -46,10 +54,11 @@ from layers.qcow2.limits import (
     REFCOUNT_TABLE_MAX,
     TABLES_PIECE,
 )
+from layers.qcow2.storage import Storage
 from nbdserver.errors import ConfigError, RequestError
 from nbdserver.extent import Size
 from nbdserver.format import TACIT, Progress, grow, preallocate
-from nbdserver.layer import Layer, finish
+from nbdserver.layer import Layer, Opener, finish
 from nbdserver.limits import DISK_MAX
 from nbdserver.request import Flag, Request
 
@@ -62,10 +71,24 @@ class Options:
     """QEMU's creation options, in its order; the comments are their help. Raises ConfigError for what no image can
     have, alone or together."""
 
-    #: Encrypt the image: aes or luks.
+    #: Encrypt the image: luks; aes is not made any more.
     encrypt_format: Literal["aes", "luks"] | None = dataclasses.field(
         default=None, metadata={"option": "encrypt.format"}
     )
+    #: ID of the secret (--object) that is the passphrase.
+    encrypt_key_secret: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.key-secret"})
+    #: The cipher: aes-128, aes-192 or aes-256.
+    encrypt_cipher_alg: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.cipher-alg"})
+    #: Its mode: xts, cbc or ecb.
+    encrypt_cipher_mode: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.cipher-mode"})
+    #: What makes its IVs: plain, plain64 or essiv.
+    encrypt_ivgen_alg: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.ivgen-alg"})
+    #: The hash of essiv.
+    encrypt_ivgen_hash_alg: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.ivgen-hash-alg"})
+    #: The hash of passphrases and keys.
+    encrypt_hash_alg: str | None = dataclasses.field(default=None, metadata={"option": "encrypt.hash-alg"})
+    #: How long trying a passphrase is to take, in milliseconds.
+    encrypt_iter_time: int | None = dataclasses.field(default=None, metadata={"option": "encrypt.iter-time"})
     #: The unit of allocation: a power of two from 512 to 2M.
     cluster_size: Size = 65536
     #: Whether L2 entries say what is in each of 32 parts of a cluster.
@@ -96,13 +119,46 @@ class Options:
     def version(self) -> int:
         return 2 if self.compat in ("0.10", "v2") else 3
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the encryption header is to say. Raises ConfigError."""
+        if self.encrypt_format is None:
+            return None
+        try:
+            return Recipe(
+                self.encrypt_cipher_alg,
+                self.encrypt_cipher_mode,
+                self.encrypt_ivgen_alg,
+                self.encrypt_ivgen_hash_alg,
+                self.encrypt_hash_alg,
+                self.encrypt_iter_time,
+            )
+        except ConfigError as error:
+            raise ConfigError(error.message, key=f"encrypt.{error.key}") from error
+
 
 def check_options(options: Options) -> None:
     """Raise ConfigError for what no image can have, alone or together."""
     _check_geometry(options)
     _check_names(options)
-    if options.encrypt_format is not None:
-        raise ConfigError("encrypted images cannot be made yet", key="encrypt.format")
+    _check_encryption(options)
+
+
+def _check_encryption(options: Options) -> None:
+    if options.encrypt_format is None:
+        given = (field for field in dataclasses.fields(options) if field.name.startswith("encrypt_"))
+        for field in given:
+            if getattr(options, field.name) is not None:
+                raise ConfigError("there is no encrypt.format that it is of", key=field.metadata["option"])
+    elif options.encrypt_format == "aes":
+        raise ConfigError("found 'aes', which is too weak to be used; allowed is luks", key="encrypt.format")
+    elif options.data_file_raw:
+        raise ConfigError("a data file that is an image by itself cannot be encrypted", key="data_file_raw")
+    elif options.data_file is not None and options.preallocation != "off":
+        raise ConfigError(
+            "what is preallocated in an encrypted data file, and never written, would be noise", key="preallocation"
+        )
+    assert options.recipe is None or options.recipe.length  # it can be had
 
 
 def _check_geometry(options: Options) -> None:
@@ -185,14 +241,17 @@ class Plan:
         self.l1_clusters = self._up(self.l1_count * 8)
         self.l2_tables = self.l1_count if self.is_mapped else 0
         self.data_clusters = self.clusters if self.is_mapped and options.data_file is None else 0
-        others = 1 + self.l1_clusters + self.l2_tables + self.data_clusters
+        self.recipe = options.recipe
+        self.encryption_clusters = self._up(self.recipe.length) if self.recipe is not None else 0
+        others = 1 + self.l1_clusters + self.l2_tables + self.encryption_clusters + self.data_clusters
         self.table_clusters, self.blocks = refcount_clusters(others, self.cluster_size, options.refcount_bits)
         #: All clusters of the file.
         self.total = others + self.table_clusters + self.blocks
         self.blocks_at = 1 + self.table_clusters
         self.l1_at = self.blocks_at + self.blocks
         self.l2_at = self.l1_at + self.l1_clusters
-        self.data_at = self.l2_at + self.l2_tables
+        self.encryption_at = self.l2_at + self.l2_tables
+        self.data_at = self.encryption_at + self.encryption_clusters
         if self.table_clusters * self.cluster_size > REFCOUNT_TABLE_MAX or self.total * self.cluster_size > OFFSET_END:
             raise ConfigError(
                 f"{size} bytes are too many to be preallocated with clusters of {self.cluster_size} bytes",
@@ -215,15 +274,20 @@ def refcount_clusters(others: int, cluster_size: int, refcount_bits: int) -> tup
         table = max(-(-blocks // per_table_cluster), table)
 
 
-def make_image(file: Layer, size: int, options: Options, progress: Progress) -> None:
+def make_image(file: Layer, size: int, options: Options, opener: Opener, progress: Progress) -> None:
     """Make an empty image in ``file`` (see `nbdserver.format.Creates.create`)."""
     plan = Plan(size, options)
+    if plan.recipe is not None and options.encrypt_key_secret is None:
+        raise ConfigError("missing: the passphrase of the new image", key="encrypt.key-secret")
     first = _first_cluster(plan)
     try:
         header = first.encode()
     except RequestError as error:
         raise ConfigError(str(error), key="backing_file" if options.backing_file else "data_file") from error
-    _Maker(file, plan, progress).make(header)
+    maker = _Maker(file, plan, progress)
+    if plan.recipe is not None and options.encrypt_key_secret is not None:
+        maker.encryption = make_header(plan.recipe, opener.named_secret(options.encrypt_key_secret))
+    maker.make(header)
 
 
 def _first_cluster(plan: Plan) -> FirstCluster:
@@ -235,7 +299,7 @@ def _first_cluster(plan: Plan) -> FirstCluster:
         backing_file_size=0,
         cluster_bits=size.bit_length() - 1,
         size=plan.size,
-        crypt_method=0,
+        crypt_method=CRYPT_NONE if plan.recipe is None else CRYPT_LUKS,
         l1_size=plan.l1_count,
         l1_table_offset=plan.l1_at * size if plan.l1_count else 0,
         refcount_table_offset=size,
@@ -248,6 +312,8 @@ def _first_cluster(plan: Plan) -> FirstCluster:
         extensions[EXTENSION_BACKING_FORMAT] = options.backing_fmt.encode()
     if options.data_file is not None:
         extensions[EXTENSION_DATA_FILE] = os.fsencode(options.data_file)
+    if plan.recipe is not None:
+        extensions[EXTENSION_ENCRYPTION] = ENCRYPTION_FIELDS.pack(plan.encryption_at * size, plan.recipe.length)
     backing_name = os.fsencode(options.backing_file) if options.backing_file is not None else b""
     if options.version < 3:
         return FirstCluster(fields, None, b"", extensions, backing_name)
@@ -276,7 +342,8 @@ class _Maker:
 
     def __init__(self, file: Layer, plan: Plan, progress: Progress) -> None:
         self._file, self._plan, self._progress = file, plan, progress
-        self._done = 0
+        #: The encryption header, and the key in it, if the image is to be encrypted.
+        self.encryption: tuple[bytes, Unlocked] | None = None
 
     def make(self, header: bytes) -> None:
         plan, size = self._plan, self._plan.cluster_size
@@ -286,6 +353,8 @@ class _Maker:
         self._write_refcounts()
         self._write_l1()
         self._write_l2()
+        if self.encryption is not None:
+            self._write(plan.encryption_at * size, self.encryption[0])
         self._write_data()
         finish(self._file.flush())
         self._write(0, header)
@@ -345,7 +414,11 @@ class _Maker:
     def _write_data(self) -> None:
         plan, size = self._plan, self._plan.cluster_size
         mode = plan.options.preallocation
-        if mode not in ("off", "metadata"):
+        if self.encryption is not None and plan.data_clusters and not plan.options.extended_l2:
+            # Every cluster is named as data, and what is not written would be noise.
+            data = Encrypted(Storage(self._file, size), self.encryption[1], self._file).file
+            preallocate(data, plan.data_at * size, plan.data_clusters * size, written=True, progress=self._progress)
+        elif mode not in ("off", "metadata"):
             preallocate(
                 self._file,
                 plan.data_at * size,

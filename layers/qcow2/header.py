@@ -19,10 +19,14 @@ from layers.ondisk.qcow2 import (
     COMPRESSION_TYPE_AT,
     COMPRESSION_ZLIB,
     COMPRESSION_ZSTD,
-    CRYPT_METHODS,
+    CRYPT_AES,
+    CRYPT_LUKS,
+    CRYPT_NONE,
+    ENCRYPTION_FIELDS,
     EXTENSION,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
+    EXTENSION_ENCRYPTION,
     EXTENSION_END,
     EXTENSION_FEATURE_NAMES,
     FEATURE_INCOMPATIBLE,
@@ -97,6 +101,12 @@ class Header:
         return os.fsdecode(name) if name else None
 
     @property
+    def encryption(self) -> tuple[int, int]:
+        """(offset, length) of the encryption header, which images with LUKS have."""
+        offset, length = ENCRYPTION_FIELDS.unpack(self.extensions[EXTENSION_ENCRYPTION])
+        return offset, length
+
+    @property
     def is_lazy(self) -> bool:
         """Whether refcounts may be written late."""
         return bool(self.compatible & COMPATIBLE_LAZY_REFCOUNTS)
@@ -148,8 +158,9 @@ class _Parser:
         extensions_stop = self._check_backing_place(fields, fields3)
         extensions = dict(self._extensions(fields3.header_length, extensions_stop))
         self._check_features(fields, fields3, extensions)
-        self._check_encryption(fields)
         geometry = self._geometry(fields, fields3)
+        if not self._checking:
+            self._check_encryption(fields, extensions, geometry)
         self._check_tables(fields, geometry)
         backing_name, backing_format = self._backing(fields, extensions)
         return Header(
@@ -253,10 +264,23 @@ class _Parser:
             has_data_file=has_data_file,
         )
 
-    def _check_encryption(self, fields: HeaderFields) -> None:
-        if fields.crypt_method and not self._checking:
-            method = CRYPT_METHODS.get(fields.crypt_method, f"method {fields.crypt_method}")
-            self._refuse(f"is encrypted ({method}), which is not supported")
+    def _check_encryption(self, fields: HeaderFields, extensions: dict[int, bytes], geometry: Geometry) -> None:
+        """Check where the encryption header is, which LUKS has and nothing else."""
+        method, data = fields.crypt_method, extensions.get(EXTENSION_ENCRYPTION)
+        if method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
+            self._refuse("unsupported encryption method", 32, method, f"{CRYPT_NONE}, {CRYPT_AES} or {CRYPT_LUKS}")
+        if method != CRYPT_LUKS:
+            if data is not None:
+                self._refuse("names an encryption header, but is not encrypted with LUKS: method", 32, method)
+            return
+        if data is None:
+            self._refuse("is encrypted with LUKS and names no encryption header")
+        if len(data) != ENCRYPTION_FIELDS.size:
+            self._refuse("encryption header extension: length", None, len(data), ENCRYPTION_FIELDS.size)
+        offset, length = ENCRYPTION_FIELDS.unpack(data)
+        if not length:
+            self._refuse("encryption header: length", None, 0, "at least a LUKS header's")
+        self._check_place("encryption header", None, offset, length, geometry)
 
     def _compression(self, fields: HeaderFields, fields3: HeaderFields3) -> int:
         has_field = fields.version >= 3 and fields3.header_length > COMPRESSION_TYPE_AT
@@ -287,7 +311,7 @@ class _Parser:
             self._refuse("nb_snapshots", 60, fields.nb_snapshots, f"at most {SNAPSHOTS_COUNT_MAX}")
         self._check_place("snapshot table", 64, fields.snapshots_offset, fields.nb_snapshots * 40, geometry)
 
-    def _check_place(self, what: str, at: int, offset: int, length: int, geometry: Geometry) -> None:
+    def _check_place(self, what: str, at: int | None, offset: int, length: int, geometry: Geometry) -> None:
         if not length:
             return
         if offset % geometry.cluster_size or not (offset or self._checking):

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from layers.ondisk.qcow2 import COMPRESSION_ZSTD, INCOMPATIBLE_CORRUPT
+from layers.qcow2.encryption import Encryption
 from layers.qcow2.header import Header
 from nbdserver.format import Bitmap
 
 
-def describe(header: Header, bitmaps: Sequence[Bitmap], *, is_corrupt: bool) -> dict[str, Any]:
+def describe(
+    header: Header, bitmaps: Sequence[Bitmap], encryption: Encryption | None, *, is_corrupt: bool
+) -> dict[str, Any]:
     """`nbdserver.format.Describes.info`. ``is_corrupt``: whether that has turned out since the header was read."""
     data: dict[str, Any] = {  # in the order in which qemu-img prints them
         "compat": "1.1" if header.version >= 3 else "0.10",
@@ -21,6 +24,8 @@ def describe(header: Header, bitmaps: Sequence[Bitmap], *, is_corrupt: bool) -> 
         if bitmaps:
             data["bitmaps"] = [_bitmap(bitmap) for bitmap in bitmaps]
     data["refcount-bits"] = header.geometry.refcount_bits
+    if encryption is not None:
+        data["encrypt"] = encryption.info()
     if header.version >= 3:
         if header.geometry.has_data_file:
             if header.data_file_name is not None:

@@ -27,6 +27,7 @@ from layers.qcow2.bitmap_store import BitmapStore
 from layers.qcow2.bitmaps import Bitmaps
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.create import Options, make_image
+from layers.qcow2.encryption import Encryption, open_encryption
 from layers.qcow2.extensions import set_backing, set_extension
 from layers.qcow2.head import Head
 from layers.qcow2.header import KEPT, Header, check_writable, read_header
@@ -74,6 +75,11 @@ class Qcow2(Layer):
     #: Where guest data is, if the image has an external data file. By default what the image names; false: leave it
     #: alone, so that the image can be described but not read.
     data_file: Layer | Literal[False] | None = None
+    #: Where the passphrase of an encrypted image is: see `layers.luks.Luks`. ``key_file`` false: none; the image can be
+    #: described but not read.
+    key_file: str | Literal[False] | None = None
+    key_env: str | None = None
+    key_fd: int | None = None
     #: Show this internal snapshot (its ID, or else its name) rather than the disk, read-only.
     snapshot: str | None = None
     #: How much of the L2 tables, and of the refcount blocks, is kept in memory.
@@ -87,8 +93,8 @@ class Qcow2(Layer):
     pass_discard_snapshot: bool = True
     pass_discard_other: bool = False
 
-    #: How much is allocated at once around a write where nothing is, in an image without a backing file. What is not
-    #: written yet is a hole in the file, and zeroes. 0: the clusters that are written.
+    #: How much is allocated at once around a write where nothing is, in an image that is not encrypted and has no
+    #: backing file. What is not written yet is a hole in the file, and zeroes. 0: the clusters that are written.
     allocation_ahead: Size = ALLOCATION_AHEAD_DEFAULT
 
     is_format: ClassVar[bool] = True
@@ -120,6 +126,7 @@ class Qcow2(Layer):
         self._log: DirtyLog | None = None
         self._marks: Marks | None = None
         self._is_preallocated: bool | None = None
+        self._encryption: Encryption | None = None
 
     # -- making images ----------------------------------------------------------------------------------------------
 
@@ -136,7 +143,7 @@ class Qcow2(Layer):
         progress: Progress = no_progress,
     ) -> None:
         """Make an empty image of ``size`` bytes in ``file`` (see `nbdserver.format.Creates`)."""
-        make_image(reach(file), size, options, progress)
+        make_image(reach(file), size, options, opener, progress)
 
     @classmethod
     def measure(
@@ -160,8 +167,10 @@ class Qcow2(Layer):
 
     def open(self, opener: Opener) -> None:
         is_read_only = opener.read_only or self.file.read_only or self.snapshot is not None
-        is_read_only = is_read_only or self.data_file is False
+        is_read_only = is_read_only or self.data_file is False or self.key_file is False
         self._header = header = self._header or self._read_header(is_read_only)
+        if self._encryption is None:
+            self._encryption = self._open_encryption(header, opener)
         if self.backing is None and header.backing_name is not None:
             below = opener.image(header.backing_name, header.backing_format, named_by=self)
             attach(self, "backing", below)
@@ -174,6 +183,8 @@ class Qcow2(Layer):
             data = storage
         else:
             data = Storage(self.data_file or Unopened(header.size), header.geometry.cluster_size)
+        if self._encryption is not None:
+            data = self._encryption.storage(data, self)
         if self.snapshot is not None:
             if header.geometry.has_data_file:
                 raise ConfigError(
@@ -195,6 +206,11 @@ class Qcow2(Layer):
             clean_up(self.file)
             header = read_header(self.file)
         return header
+
+    def _open_encryption(self, header: Header, opener: Opener) -> Encryption | None:
+        return open_encryption(
+            self.file, header, opener, key_file=self.key_file, key_env=self.key_env, key_fd=self.key_fd
+        )
 
     def _open_data_file(self, header: Header, opener: Opener, is_read_only: bool) -> None:
         """Open the external data file if the image has one that the configuration does not give."""
@@ -220,7 +236,7 @@ class Qcow2(Layer):
         bitmaps = read_directory(storage, header)
         check_recordable(storage, bitmaps)
         refcounts = Refcounts(storage, header, occupied, self.refcount_cache_size)
-        host = InImage(storage, refcounts, occupied) if data is storage else self._data_host(data, head)
+        host = self._data_host(data, head) if header.geometry.has_data_file else InImage(data, refcounts, occupied)
         mapping = WritableMapping(
             storage, header, self.l2_cache_size, self._lock, refcounts=refcounts, occupied=occupied, host=host
         )
@@ -239,7 +255,9 @@ class Qcow2(Layer):
         self._marks = marks = Marks(storage, header)
         data_file = host if isinstance(host, DataFile) else None
         is_lazy = header.is_lazy if self.lazy_refcounts is None else self.lazy_refcounts and header.version >= 3
-        order = Order(storage, self._lock, mapping, refcounts, head, data_file, marks if is_lazy else None)
+        users = data.file if data_file is None else self.file
+        lazy = marks if is_lazy else None
+        order = Order(storage, self._lock, mapping, refcounts, head, data_file, lazy, users=users)
         self._writer = Writer(
             self._reader,
             mapping,
@@ -249,7 +267,7 @@ class Qcow2(Layer):
             clusters=self._clusters,
             discard=Discard(self.pass_discard_request, self.pass_discard_other),
             is_raw=header.is_raw,
-            ahead=0 if self.backing or header.backing_name is not None else self.allocation_ahead,
+            ahead=self._ahead(header, data),
             changed=self.changed,
             allocate=self.allocate,
             order=order,
@@ -281,6 +299,11 @@ class Qcow2(Layer):
                 flush=order.flush,
             )
         )
+
+    def _ahead(self, header: Header, data: Storage) -> int:
+        """How much to allocate ahead: only where what is new in the file shows what the disk had there, zeroes."""
+        has_backing = bool(self.backing) or header.backing_name is not None
+        return 0 if has_backing or data.is_encrypted else self.allocation_ahead
 
     def _forget_bitmaps(self) -> None:
         """Take away the extension of bitmaps that somebody has made worthless, as QEMU does. Their clusters leak."""
@@ -419,7 +442,7 @@ class Qcow2(Layer):
     def info(self) -> dict[str, Any]:
         """`nbdserver.format.Describes`."""
         is_corrupt = self._marks is not None and self._marks.has(INCOMPATIBLE_CORRUPT)
-        return describe(self.header, self.bitmaps(), is_corrupt=is_corrupt)
+        return describe(self.header, self.bitmaps(), self._encryption, is_corrupt=is_corrupt)
 
     # -- the backing file's name: `nbdserver.format.HasBacking` -----------------------------------------------------
 
@@ -613,6 +636,7 @@ class Qcow2(Layer):
             self, file=bare(self.file), backing=bare(self.backing) if self.backing else False, snapshot=id_or_name
         )
         view._live, view._header = self._snapshots or self._live, self._header
+        view._encryption = self._encryption
         return view
 
     def _changeable(self) -> Snapshots:

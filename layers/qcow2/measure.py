@@ -41,8 +41,9 @@ def measure(
     else:
         used = _touched(allocated, cluster_size)
         used = clusters if used and options.backing_file is not None else used
+    encryption = 0 if options.recipe is None else _up(options.recipe.length, cluster_size)
     more = _bitmaps(size, cluster_size, bitmaps) if bitmaps is not None and options.version >= 3 else None
-    return Measure((full - clusters + used) * cluster_size, full * cluster_size, more)
+    return Measure((full - clusters + used + encryption) * cluster_size, (full + encryption) * cluster_size, more)
 
 
 def _bitmaps(size: int, cluster_size: int, bitmaps: Sequence[Bitmap]) -> int:

@@ -102,7 +102,7 @@ from layers.ondisk.qcow2 import INCOMPATIBLE_DIRTY
 from layers.qcow2.cache import Table, Write
 from layers.qcow2.intervals import common, counted, joined
 from nbdserver.errors import ImageError
-from nbdserver.layer import finish
+from nbdserver.layer import Layer, finish
 
 if TYPE_CHECKING:
     from layers.qcow2.head import Head
@@ -188,10 +188,13 @@ class Order:
         head: Head,
         data_file: DataFile | None,
         lazy: Marks | None,
+        *,
+        users: Layer,
     ) -> None:
-        """``lazy``: marks the image as dirty while its refcounts lag behind; None: they do not."""
+        """``users``: what knows who uses places in the file: that itself, or what guest data there goes through.
+        ``lazy``: marks the image as dirty while its refcounts lag behind; None: they do not."""
         self._storage, self._lock, self._mapping, self._refcounts = storage, lock, mapping, refcounts
-        self._head, self._data_file, self._lazy = head, data_file, lazy
+        self._head, self._data_file, self._lazy, self._users = head, data_file, lazy, users
         self._closing = False
         self._turn = threading.Condition()
         self._running = False
@@ -339,7 +342,7 @@ class Order:
     def _wait_unused(self, retired: list[Retired]) -> None:
         size = self._storage.cluster_size
         for start, stop in joined((run.start, run.stop) for run in retired):
-            self._storage.file.wait_unused(start * size, (stop - start) * size)
+            self._users.wait_unused(start * size, (stop - start) * size)
 
     def _discard(self, retired: list[Retired]) -> None:
         """Give back the storage of what has been let go of for the last time, and is to be discarded."""

@@ -45,6 +45,8 @@ def entries(reader: Reader, offset: int, length: int, *, preallocated: bool) -> 
             yield MapEntry(stop - start, data=True, compressed=True)
         elif run.place is None:
             yield MapEntry(stop - start, zero=is_zero)
+        elif reader.data.is_encrypted:  # nowhere does the file have these bytes
+            yield MapEntry(stop - start, data=run.kind is Kind.NORMAL, zero=is_zero)
         elif run.kind is not Kind.NORMAL:
             # There is room, and what was there once; QEMU says where, too.
             yield MapEntry(stop - start, zero=is_zero, child=reader.data.file, offset=reader.place(run, start))

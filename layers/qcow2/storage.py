@@ -47,13 +47,20 @@ class Unopened(Layer):
 class Storage:
     """``file`` with its size, which changes only here."""
 
+    #: Whether what is stored by `Writer` and read by `Reader` lies encrypted in the file: holes of it are no zeroes.
+    is_encrypted = False
+
     def __init__(self, file: Layer, cluster_size: int) -> None:
         self.file, self.cluster_size = file, cluster_size
-        #: The file's size, bytes.
-        self.size = file.size
+        self._size = file.size
         #: Free clusters from here on have never held anything: they read as zeroes.
-        self._fresh = self.size
+        self._fresh = self._size
         self._growing = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """The file's size, bytes."""
+        return self._size
 
     def error(
         self, message: str, offset: int | None = None, found: object = None, wanted: object = None
@@ -106,14 +113,14 @@ class Storage:
         except RequestError as error:
             number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
             raise OSError(number, os.strerror(number), self.file.filename) from error
-        self.size = size
+        self._size = size
 
     def truncate(self, size: int) -> None:
         """Make the file end at ``size`` if it is longer, and can: nothing behind that is in use."""
         with self._growing, contextlib.suppress(OSError, RequestError):
             if size < self.size:
                 self.file.resize(size)
-                self.size = size
+                self._size = size
 
     def reserve_zeroed(self, offset: int, length: int) -> None:
         """`reserve`, and write zeroes: a full file system says so now, not when the metadata is written back."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from layers.ondisk.qcow2 import COPIED, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
+from layers.ondisk.qcow2 import COPIED, CRYPT_LUKS, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from layers.qcow2.bitmap_directory import Directory, places
 from layers.qcow2.header import Header
 from layers.qcow2.mapping import Mapping
@@ -57,6 +57,9 @@ class Survey:
         yield "header", 0, 1
         yield "L1 table", header.l1_offset // size, header.geometry.clusters(header.l1_count * 8)
         yield "refcount table", header.refcount_table_offset // size, header.refcount_table_clusters
+        if header.crypt_method == CRYPT_LUKS:
+            offset, length = header.encryption
+            yield "encryption header", offset // size, header.geometry.clusters(length)
         yield from self._refcount_blocks()
         yield from self._l2_tables()
         yield from self._snapshots()

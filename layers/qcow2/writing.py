@@ -478,7 +478,7 @@ class Writer:
             start += length
 
     def _trim_in_place(self, start: int, end: int) -> None:
-        if self._discard.request:
+        if self._discard.request and not self._data.is_encrypted:  # a hole would be noise, not zeroes
             for run, first, stop in self._reader.spans(start, end - start):
                 if self.is_overwritable(run):
                     place = self._reader.place(run, first)

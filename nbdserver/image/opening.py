@@ -6,13 +6,13 @@ import contextlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Final
 
 from nbdserver import registry
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import FileMode
-from nbdserver.files import FileOpener, Files, make
+from nbdserver.files import FileOpener, Files, Keys, Source, make
 from nbdserver.format import snapshot_named
 from nbdserver.graph import Graph, execute
 from nbdserver.image.remote import Remote, is_remote
@@ -21,14 +21,16 @@ from nbdserver.probe import HEAD_LENGTH
 from nbdserver.registry import NO_KEYS, has_key
 from nbdserver.request import Request
 
+NO_SECRETS: Final[Mapping[str, Source]] = MappingProxyType({})
+
 #: Who opens images here, in errors.
 USER: Final = "this command"
 
 #: For `Images.open`: leave the backing file alone.
 ALONE: Final[Mapping[str, object]] = {"backing": False}
 
-#: And an external data file, too: for what only describes an image, which may be anybody's.
-UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False}
+#: And an external data file, too, and an encrypted image locked: for what only describes it, which may be anybody's.
+UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False, "key_file": False}
 
 #: For images that are written here: allocate what is written and nothing beside it.
 EXACT: Final[Mapping[str, object]] = {"allocation_ahead": 0}
@@ -37,12 +39,15 @@ EXACT: Final[Mapping[str, object]] = {"allocation_ahead": 0}
 class Images:
     """The images that one command uses. A context manager: its end closes them, and raises what closing raises.
 
-    ``roots``: directories in which images may name files, besides their own. ``force_share``: images that are opened
-    for reading may be in use by a process that writes them.
+    ``roots``: directories in which images may name files, besides their own. ``secrets``: where the keys of encrypted
+    images are, by name. ``force_share``: images that are opened for reading may be in use by a process that writes
+    them.
     """
 
-    def __init__(self, roots: Sequence[str] = (), *, force_share: bool = False) -> None:
-        self.roots = roots
+    def __init__(
+        self, roots: Sequence[str] = (), *, secrets: Mapping[str, Source] = NO_SECRETS, force_share: bool = False
+    ) -> None:
+        self.roots, self.keys = roots, Keys(secrets)
         self._files = Files(force_share=force_share)
         self._graph = Graph()
         self._ending = contextlib.ExitStack()
@@ -79,6 +84,8 @@ class Images:
         Raises ImageError, ConfigError, OSError.
         """
         name = self.format(path, format)
+        if "key_file" not in keys:
+            keys = {**keys, **self.keys.of(path)}
         wanted = fitting(name, {**keys, **EXACT})
         if is_remote(path):
             return self.enter(registry.build(name, {"file": Remote(path), **wanted}), read_only=read_only)
@@ -130,7 +137,7 @@ class Images:
 
     def opener(self, *, read_only: bool) -> FileOpener:
         """What layers are opened with here."""
-        return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only, user=USER)
+        return FileOpener(self._graph, self._files, roots=self.roots, read_only=read_only, user=USER, keys=self.keys)
 
 
 def fitting(format: str, keys: Mapping[str, object]) -> dict[str, object]:

@@ -235,7 +235,33 @@ REFUSED = {
     "preallocation that hides a backing file": (
         {"backing_file": "base", "backing_fmt": "raw", "preallocation": "full"}, "preallocation: .*unless extended_l2"
     ),
-    "encryption": ({"encrypt_format": "luks"}, "encrypt.format: "),
+    "encryption without a key": ({"encrypt_format": "luks"}, "encrypt.key-secret: missing"),
+    "a key that is not there": (
+        {"encrypt_format": "luks", "encrypt_key_secret": "s"}, "there is no secret 's'; there are: none"
+    ),
+    "the old encryption": ({"encrypt_format": "aes"}, "encrypt.format: found 'aes', which is too weak"),
+    "encryption of no format": ({"encrypt_cipher_alg": "aes-256"}, "encrypt.cipher-alg: there is no encrypt.format"),
+    "another cipher": (
+        {"encrypt_format": "luks", "encrypt_cipher_alg": "serpent-256"}, "encrypt.cipher-alg: found 'serpent-256'"
+    ),
+    "another mode": ({"encrypt_format": "luks", "encrypt_cipher_mode": "ctr"}, "encrypt.cipher-mode: found 'ctr'"),
+    "other vectors": ({"encrypt_format": "luks", "encrypt_ivgen_alg": "lmk"}, "encrypt.ivgen-alg: found 'lmk'"),
+    "another hash": ({"encrypt_format": "luks", "encrypt_hash_alg": "crc32"}, "encrypt.hash-alg: found 'crc32'"),
+    "a hash of no vectors": (
+        {"encrypt_format": "luks", "encrypt_ivgen_hash_alg": "sha256"}, "encrypt.ivgen-hash-alg: only ivgen-alg=essiv"
+    ),
+    "vectors of a hash that makes no key": (
+        {"encrypt_format": "luks", "encrypt_ivgen_alg": "essiv", "encrypt_ivgen_hash_alg": "sha512"},
+        "encrypt.ivgen-hash-alg: found 'sha512', whose digest is no key",
+    ),
+    "no time": ({"encrypt_format": "luks", "encrypt_iter_time": 0}, "encrypt.iter-time: found 0"),
+    "too much time": ({"encrypt_format": "luks", "encrypt_iter_time": 3_600_001}, "encrypt.iter-time: found 3600001"),
+    "a raw data file, encrypted": (
+        {"encrypt_format": "luks", "data_file": "data", "data_file_raw": True}, "data_file_raw: .* cannot be encrypted"
+    ),
+    "an encrypted data file, preallocated": (
+        {"encrypt_format": "luks", "data_file": "data", "preallocation": "full"}, "preallocation: .* would be noise"
+    ),
     "a disk too large": ({"cluster_size": 512, "size": 128 * GIB + 1}, "size: found .* at most 137438953472"),
     "a negative disk": ({"size": -1}, "size: found -1"),
     "preallocation too large": ({"preallocation": "metadata", "size": PIB, "cluster_size": 64 * KIB,
