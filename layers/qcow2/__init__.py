@@ -7,8 +7,7 @@
                               zero        ──> zeroes
                               compressed  ──> code        deflate, zstd
 
-"file" is the image itself, or an external data file. Where the image is encrypted, normal clusters are reached through a
-cipher.
+"file" is the image itself, or an external data file. Normal clusters of an encrypted image are reached by a cipher.
 
 Reading and writing in place need nothing of this package once an extent is known. All else, a write that must
 allocate, zeroing and trimming, ends in a change of the tables in memory, which a flush brings into the file.

@@ -337,11 +337,14 @@ class Writer:
         """Write whole clusters, at the end of the disk as far as it goes. Those that compression makes no smaller are
         written as they are.
 
-        EINVAL for parts of clusters, ENOTSUP if guest data is in an external data file: as in QEMU.
+        EINVAL for parts of clusters, ENOTSUP if guest data is in an external data file: as in QEMU. ENOTSUP also if it
+        is encrypted, for what is compressed is not (QEMU's tools let it out like that).
         """
         size = self._geometry.cluster_size
         if self._data_file is not None:
             raise RequestError(errno.ENOTSUP, "nothing is compressed in an external data file")
+        if self._data.is_encrypted:
+            raise RequestError(errno.ENOTSUP, "nothing is compressed in an encrypted image: it would not be encrypted")
         if request.offset % size or (request.end % size and request.end != self._reader.size):
             raise RequestError(
                 errno.EINVAL,

@@ -225,6 +225,8 @@ class Conversion:
             raise ConfigError(f"images of the format {self.target_format!r} cannot be compressed", file=self.target)
         if getattr(options, "preallocation", "off") not in ("off", None):
             raise ConfigError("what is compressed cannot be preallocated", file=self.target, key="preallocation")
+        if getattr(options, "encrypt_format", None) is not None:
+            raise ConfigError("what is compressed is not encrypted", file=self.target, key="encrypt.format")
 
     # -- the data ---------------------------------------------------------------------------------------------------
 

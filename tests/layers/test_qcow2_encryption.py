@@ -22,7 +22,7 @@ from nbdserver.format import Repair
 from nbdserver.graph import Graph, flatten
 from nbdserver.layer import ALLOCATION_DEPTH, BASE_ALLOCATION
 from nbdserver.reference import Reference, open_stack
-from nbdserver.request import Flag
+from nbdserver.request import Flag, Request, Vector
 from tests.layers.luks_kit import KIB, MIB, check_qcow2, content, create_qcow2, make_qcow2, qcow2, qemu_io, secret
 from tests.serving import FULL, SEED, amount, run, run_json
 from tests.serving import create as create_plain
@@ -158,6 +158,12 @@ def test_compressed_clusters_are_not_encrypted(image: Path) -> None:
         disk.write(MIB + 1000, b"data")
         expected[MIB + 1000 : MIB + 1004] = b"data"
     assert content(image, qcow2(image)) == expected
+
+
+def test_nothing_is_compressed(image: Path) -> None:
+    """It would be plaintext."""
+    with open_stack(opened(image)) as disk, pytest.raises(RequestError, match="it would not be encrypted"):
+        disk.execute(Request.write(0, Vector.of(b"d" * 4096), Flag.WRITE_COMPRESSED))
 
 
 # -- nothing of the guest is in the file -------------------------------------------------------------------------------
