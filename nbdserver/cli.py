@@ -189,7 +189,7 @@ main.add_command(image)
 @click.option(
     "--tls",
     "tls_mode",
-    type=click.Choice(list(TlsMode)),
+    type=click.Choice([mode.value for mode in TlsMode]),
     help="Whether clients may, or must, use TLS.  [default: required if certificates or keys are given, else off]",
 )
 @click.option(

@@ -10,6 +10,8 @@ mod export;
 mod extents;
 mod fault;
 mod file;
+#[cfg(test)]
+mod fuzz;
 mod handshake;
 mod meter;
 mod parts;

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import ssl
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,13 +14,6 @@ from nbdserver import tls
 from nbdserver.handshake import Option, ReplyType, Style, TlsMode
 from nbdserver.testing import NbdServers
 from tests.protocol.kit import HUGE, MIB, READ, SIZE, WRITE, Broken, Client, Enter, Secure, Slow, is_served
-
-
-@pytest.fixture(scope="session")
-def servers() -> Iterator[NbdServers]:
-    """Servers for all tests here: that they outlast every one of them is part of what is tested."""
-    with tempfile.TemporaryDirectory(prefix="nbd-") as directory, contextlib.ExitStack() as stack:
-        yield NbdServers(Path(directory), stack)
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +66,6 @@ def enter(uri: str) -> Enter:
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pki")
-    tls.init(directory, hosts=["localhost"], client="alice")
-    return directory
 
 
 @pytest.fixture(scope="session")
