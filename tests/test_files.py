@@ -18,8 +18,8 @@ from layers.file import File
 from layers.memory import Memory
 from nbdserver import files as files_module
 from nbdserver.errors import ConfigError, ImageError
-from nbdserver.extent import FileMode
-from nbdserver.files import FileOpener, Files, PlainFile, resolve_name
+from nbdserver.extent import FILE_MODE, FileMode
+from nbdserver.files import FileOpener, Files, PlainFile, block_limits, resolve_name
 from nbdserver.graph import Graph
 from nbdserver.layer import Layer
 from nbdserver.limits import IOV_COUNT_MAX, STATUS_COUNT_MAX, ZERO_PIECE
@@ -27,6 +27,7 @@ from nbdserver.probe import MAGICS, identify, probe
 from nbdserver.reference import Reference, open_stack
 from nbdserver.request import Memory as Buffer
 from nbdserver.request import Segment, Vector
+from tests.serving import loop_device
 
 KIB = 1024
 
@@ -603,3 +604,21 @@ def test_a_file_that_is_unsafe_is_never_synced(tmp_path: Path, monkeypatch: pyte
         file.sync()
         files.close(file)
         assert len(synced) == count
+
+
+def test_a_block_device_says_whether_it_is_rotational(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with loop_device(disk) as device:
+        queue = Path(f"/sys/block/{Path(device).name}/queue/rotational")
+        said = queue.read_text()
+        fd = os.open(device, os.O_RDONLY)
+        try:
+            for value in ("1", "0"):
+                queue.write_text(value)
+                assert block_limits(fd, FILE_MODE).rotational == bool(int(value))
+        finally:
+            queue.write_text(said)
+            os.close(fd)
+    with disk.open("rb") as file:
+        assert not block_limits(file.fileno(), FILE_MODE).rotational
