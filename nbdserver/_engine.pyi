@@ -197,7 +197,23 @@ class Client:
 
     @property
     def peer(self) -> str:
-        """Its address, in words."""
+        """Where it comes from, in words."""
+
+    @property
+    def listener(self) -> int | None:
+        """The number of the listener that it came by; None: it was handed over connected."""
+
+    @property
+    def address(self) -> str | None:
+        """Its IP address, by TCP; an IPv4 address in IPv6 as such."""
+
+    @property
+    def process(self) -> tuple[int, int, list[int]] | None:
+        """Of the process that connected, by a Unix socket: id, user, groups."""
+
+    @property
+    def machine(self) -> int | None:
+        """Its context id, by vsock."""
 
     def counters(self) -> dict[str, int]:
         """requests that were begun; bytes_read, bytes_written by them."""
@@ -224,8 +240,9 @@ class TlsContext:
 @final
 class Event:
     """What a connection in its handshake has sent. ``kind``: open (see ``client``), flags (``code``), option (``code``,
-    ``data``), oversized (``code``, ``length``; the data is gone), closed. After flags, option and oversized exactly one
-    of `next`, `begin` and `end` is due."""
+    ``data``), oversized (``code``, ``length``; the data is gone), secured, insecure, closed. After open exactly one of
+    `greet` and `end` is due; after flags, option, oversized and secured one of `next`, `begin`, `start_tls` and `end`.
+    Not of a connection: full (``reason``; clients are turned away)."""
 
     @property
     def connection(self) -> tuple[int, int]: ...
@@ -246,7 +263,10 @@ class Event:
 
     @property
     def reason(self) -> str | None:
-        """Of "insecure": why TLS could not begin. The connection has ended."""
+        """Of "insecure": why TLS could not begin, and the connection has ended. Of "full": who is one too many."""
+
+    def greet(self) -> None:
+        """The client is welcome: its handshake begins."""
 
     def start_tls(self, data: bytes, context: TlsContext) -> None:
         """Send ``data``, then begin TLS as the server. "secured", "insecure" or "closed" follows."""
@@ -279,9 +299,11 @@ class Engine:
         pool: int,
         backend: str,
         fault_threads: int,
-        handshake_timeout: float,
+        limits: dict[str, float | None],
         record: str | None = None,
-    ) -> Engine: ...
+    ) -> Engine:
+        """``limits``: see `set_limits`."""
+
     @property
     def backend(self) -> str: ...
     @property
@@ -344,6 +366,21 @@ class Engine:
 
     def listen(self, listener: int) -> int:
         """Take over a listening descriptor (non-blocking) and accept on it; its number. After `start`."""
+
+    def connected(self, socket: int) -> None:
+        """Take over a connected socket (non-blocking) and serve it. After `start`. RuntimeError: nobody is there to."""
+
+    def set_limits(self, limits: dict[str, float | None]) -> None:
+        """connections, connections_per_peer, requests_per_connection, memory_per_connection, reply_memory,
+        handshake_timeout and idle_timeout (None: none): see `nbdserver.bounds.Bounds`."""
+
+    @property
+    def turned_away(self) -> int:
+        """Clients that were one too many."""
+
+    @property
+    def reply_memory(self) -> int:
+        """Bytes that count against the limit of that name now."""
 
     def unlisten(self, number: int) -> None:
         """Close that listener. What it has accepted stays."""

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 import nbdserver
-from nbdserver import client, config, explain, registry, uri
+from nbdserver import client, config, explain, listening, registry, uri
 from nbdserver.commands import Commands
 from nbdserver.config import Config, ExportConfig
 from nbdserver.contexts import Contexts
@@ -40,6 +41,7 @@ from nbdserver.handshake import TlsMode
 from nbdserver.image.cli import image
 from nbdserver.layer import Layer
 from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
+from nbdserver.listening import ListenConfig, Listener
 from nbdserver.service import Service, placed
 from nbdserver.tls import TlsConfig
 
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 
 #: The configuration that is served when nothing is named.
 CONFIG_DEFAULT: Final = "exports.toml"
+
+#: Descriptors: of the standard input, output and error; and the largest there can be (Linux's NR_OPEN limit).
+STANDARD: Final = (0, 1, 2)
+DESCRIPTOR_MAX: Final = (1 << 31) - 1
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -115,9 +121,16 @@ main.add_command(image)
     multiple=True,
     metavar="URI",
     callback=_check_listen,
-    help="Where to listen, as an NBD URI: nbd://HOST:PORT (port 0: any free one) or "
-    "nbd+unix:///?socket=PATH. May be given several times; replaces what the configuration says.  "
-    "[default: nbd://127.0.0.1:10809, reachable from this machine alone]",
+    help="Where to listen, as an NBD URI: nbd://HOST:PORT (port 0: any free one), nbd+unix:///?socket=PATH or "
+    "nbd+vsock://CID:PORT. May be given several times; replaces what the configuration says.  "
+    "[default: the sockets that systemd hands over, or nbd://127.0.0.1:10809, reachable from this machine alone]",
+)
+@click.option(
+    "--fd",
+    type=click.IntRange(0, DESCRIPTOR_MAX),
+    metavar="N",
+    help="Serve the client that is connected to the descriptor N, a socket, listen nowhere, and end when it leaves: as "
+    "inetd starts servers, and libnbd's connect_command (--fd 0).",
 )
 @click.option(
     "--format",
@@ -234,6 +247,7 @@ def serve(
     *,
     sources: tuple[str, ...],
     listen: tuple[str, ...],
+    fd: int | None,
     format: str | None,
     read_only: bool,
     cache: str | None,
@@ -267,6 +281,9 @@ def serve(
     accepted is finished first, a second signal ends it at once. SIGUSR1 prints the counters on stderr, one line of
     JSON. SIGHUP takes up a changed configuration (`nbdserver ctl reload`); with none, it stops too.
 
+    Sockets of systemd's socket activation (LISTEN_FDS) are served besides what the configuration or --listen says; one
+    that is bound to an address said there is used for it.
+
     \b
     Examples:
       nbdserver serve vm.qcow2
@@ -277,6 +294,10 @@ def serve(
     """
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet contradict each other")
+    if fd is not None and listen:
+        raise click.UsageError("--fd and --listen contradict each other: with --fd there is one client, already there")
+    connected = None if fd is None else _connected(fd)
+    ready = listening.inherited(os.environ)
     options: dict[str, Any] = {"backend": backend, "workers": workers, "pool": pool, "record": record}
     given = {key: value for key, value in options.items() if value is not None}
     of_image: dict[str, Any] = {
@@ -292,7 +313,7 @@ def serve(
         wanted = _configured(sources, of_image, read_only or None)
         wanted = dataclasses.replace(
             wanted,
-            listen=listen or wanted.listen or (config.LISTEN_DEFAULT,),
+            listen=() if fd is not None else listen or wanted.listen or (() if ready else (config.LISTEN_DEFAULT,)),
             roots=(*wanted.roots, *roots),
             engine=dataclasses.replace(wanted.engine, **given),
             tls=_tls(wanted.tls, tls_mode, tls_certificates, tls_psk, tls_verify),
@@ -301,10 +322,22 @@ def serve(
         for export in wanted.exports:
             with _misused(export):
                 export.check(wanted.engine.backend)
+            export.check_tls(wanted.tls)
+        for entry in wanted.listen:
+            ListenConfig.of(entry).check(wanted.tls)
         return wanted
 
     is_reloaded = not sources or sources[0].endswith(".toml")
-    _Serving(configure, is_reloaded, pid_file=pid_file, as_json=as_json, verbose=verbose, quiet=quiet).run()
+    _Serving(
+        configure,
+        is_reloaded,
+        ready=ready,
+        connected=connected,
+        pid_file=pid_file,
+        as_json=as_json,
+        verbose=verbose,
+        quiet=quiet,
+    ).run()
 
 
 @main.command("check-config", short_help="Check a configuration.")
@@ -497,19 +530,22 @@ def _configured(sources: Sequence[str], of_image: Mapping[str, Any], read_only: 
 
 class _Serving:
     """``serve`` from its start to its end. ``configure`` gives the configuration, as it is whenever it is called;
-    ``is_reloaded``: it may change."""
+    ``is_reloaded``: it may change. ``ready``: sockets that listen already; ``connected``: the only client."""
 
     def __init__(
         self,
         configure: Callable[[], Config],
         is_reloaded: bool,
         *,
+        ready: Sequence[socket.socket] = (),
+        connected: socket.socket | None = None,
         pid_file: str | None,
         as_json: bool,
         verbose: bool,
         quiet: bool,
     ) -> None:
         self._config, self._pid_file = configure(), pid_file
+        self._ready, self._connected = ready, connected
         self._reread = configure if is_reloaded else None
         self._as_json, self._is_verbose, self._is_quiet = as_json, verbose, quiet
         self._served: list[dict[str, Any]] = []
@@ -517,13 +553,23 @@ class _Serving:
     def run(self) -> None:
         """Serve until told to stop. Raises ConfigError, ImageError, OSError."""
         with _signals(self._reread is not None) as events:
-            service = Service(self._config, reread=self._reread, on_quit=lambda: events.put("stop"), log=self._log)
+            service = Service(
+                self._config,
+                reread=self._reread,
+                on_quit=lambda: events.put("stop"),
+                log=self._log,
+                ready=self._ready,
+            )
             with contextlib.ExitStack() as ending:
                 ending.callback(_uninterrupted, service.stop)
                 service.start(self._opened)
                 if self._config.control is not None:
                     ending.enter_context(self._control(service, self._config.control))
-                self._announce(service.server.listening)
+                if self._connected is None:
+                    self._announce(service.server)
+                else:
+                    service.server.on_gone = lambda: events.put("stop")
+                    service.server.connected(self._connected)
                 if self._pid_file is not None:
                     ending.enter_context(_pid_file(self._pid_file))
                 self._wait(service, events)
@@ -540,11 +586,11 @@ class _Serving:
         commands = Commands(service, directory).table()
         return Control(path, commands, mode=self._config.control_mode, log=self._log)
 
-    def _announce(self, listening: Sequence[str]) -> None:
+    def _announce(self, server: Server) -> None:
         """Say on stdout where everything is."""
         for row in self._served:
             names = [row["name"], *([""] if row["default"] else [])]
-            addresses = [dataclasses.replace(uri.parse(address), tls=row["tls"]) for address in listening]
+            addresses = [_reached(listener, row["tls"]) for listener in server.listeners]
             row["uris"] = [str(address.with_export(name)) for name in names for address in addresses]
         if self._as_json:
             click.echo(json.dumps({"pid": os.getpid(), "exports": self._served}))
@@ -577,6 +623,36 @@ class _Serving:
     def _log(self, message: str) -> None:
         if not self._is_quiet:
             click.echo(f"nbdserver: {message}", err=True)
+
+
+def _reached(listener: Listener, tls: bool) -> uri.NbdUri:
+    """What clients call a listener's address. ``tls``: what the export and the server want, if the listener does not
+    want something else."""
+    address = dataclasses.replace(listener.address, tls=tls)
+    if listener.wanted.tls is not None:
+        address = dataclasses.replace(address, tls=listener.wanted.tls is TlsMode.REQUIRED)
+    return dataclasses.replace(address, cid=uri.CID_HOST) if address.cid == uri.CID_ANY else address
+
+
+def _connected(fd: int) -> socket.socket:
+    """The client that is connected to a descriptor, which is taken over: also where it is the standard input, output
+    or error, which lead nowhere then. Raises click.UsageError."""
+    try:
+        client = socket.socket(fileno=os.dup(fd))
+        client.getpeername()
+    except OSError as error:
+        raise click.UsageError(f"--fd {fd}: this is no connected socket: {error.strerror}") from error
+    if client.type != socket.SOCK_STREAM:
+        raise click.UsageError(f"--fd {fd}: this is no stream socket")
+    there = os.fstat(fd)
+    if fd not in STANDARD:
+        os.close(fd)
+    with open(os.devnull, "r+b") as nowhere:
+        for standard in STANDARD:
+            with contextlib.suppress(OSError):  # it is closed
+                if os.path.samestat(os.fstat(standard), there):
+                    os.dup2(nowhere.fileno(), standard)
+    return client
 
 
 @contextlib.contextmanager

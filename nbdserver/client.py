@@ -60,8 +60,8 @@ def _secured(connection: socket.socket, address: NbdUri) -> ssl.SSLSocket:
     if address.certificates is None:
         raise ProtocolError("for TLS, name the directory of the client's certificates: ?tls-certificates=DIRECTORY")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # A server behind a Unix socket has no name to check.
-    context.check_hostname = address.socket is None
+    # A server behind a Unix socket, or on another machine of ours, has no name to check.
+    context.check_hostname = bool(address.host)
     try:
         context.load_verify_locations(os.path.join(address.certificates, CA_CERT))
         cert, key = (os.path.join(address.certificates, name) for name in (CLIENT_CERT, CLIENT_KEY))
@@ -73,12 +73,13 @@ def _secured(connection: socket.socket, address: NbdUri) -> ssl.SSLSocket:
 
 
 def _connect(address: NbdUri) -> socket.socket:
-    if address.socket is None:
+    if address.socket is None and address.cid is None:
         return socket.create_connection((address.host, address.port), CLIENT_TIMEOUT)
+    family = socket.AF_UNIX if address.socket is not None else socket.AF_VSOCK
     with contextlib.ExitStack() as undo:
-        connection = undo.enter_context(socket.socket(socket.AF_UNIX))
+        connection = undo.enter_context(socket.socket(family))
         connection.settimeout(CLIENT_TIMEOUT)
-        connection.connect(address.socket)
+        connection.connect(address.socket if address.socket is not None else (address.cid, address.port))
         undo.pop_all()
         return connection
 

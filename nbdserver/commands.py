@@ -98,6 +98,8 @@ class Commands:
         layers: list | None = None,  # type: ignore[type-arg]
         read_only: bool | None = None,
         description: str | None = None,
+        tls: str | None = None,
+        access: dict | None = None,  # type: ignore[type-arg]
         bitmaps: list | bool | None = None,  # type: ignore[type-arg]
         allocation_depth: bool | None = None,
         directory: str | None = None,
@@ -108,6 +110,8 @@ class Commands:
             "layers": layers,
             "read_only": read_only,
             "description": description,
+            "tls": tls,
+            "access": access,
             "bitmaps": bitmaps,
             "allocation_depth": allocation_depth,
         }

@@ -2,16 +2,19 @@
 
 ::
 
-    listen = ["nbd://127.0.0.1:10809"]       addresses, as NBD URIs
+    listen = ["nbd://127.0.0.1:10809"]       addresses, as NBD URIs; or tables: [[listen]] uri = "...", and of Unix
+                                             sockets mode, owner, group; tls, access
     control = "nbdserver.ctl"                a Unix socket for `nbdserver ctl`; control_mode = 0o600
     roots = ["/srv/images"]                  where images may name files (backing files)
 
     [tls]                                    mode, certificates, psk, verify_clients
 
+    [limits]                                 what clients may have: the fields of `bounds.Bounds`
+
     [engine]                                 workers, pool, backend, fault_threads, record
 
     [exports.vm]                             one image
-    image = "vm.qcow2"                       format, read_only, description, default, tls;
+    image = "vm.qcow2"                       format, read_only, description, default, tls, access;
                                              cache, aio, discard, detect_zeroes;
                                              bitmaps, allocation_depth (meta contexts to offer)
 
@@ -57,9 +60,11 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
-from nbdserver import registry, uri
+from nbdserver import access, registry, uri
+from nbdserver.access import ANYBODY, Rule
+from nbdserver.bounds import DEFAULTS, Bounds
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import AIOS, CACHES, FILE_MODE, FileMode
 from nbdserver.files import Files
@@ -68,10 +73,15 @@ from nbdserver.layer import Layer
 from nbdserver.limits import (
     BITMAPS_OFFERED_MAX,
     CONFIG_FILE_MAX,
+    CONNECTION_MEMORY_DEFAULT,
+    CONNECTION_REQUESTS_DEFAULT,
+    CONNECTION_REQUESTS_MAX,
+    CONNECTIONS_COUNT_MAX,
     DISK_MAX,
     EXPORTS_COUNT_MAX,
     FAULT_THREADS,
     FAULT_THREADS_COUNT_MAX,
+    HANDSHAKE_TIMEOUT,
     LAYERS_COUNT_MAX,
     LISTEN_COUNT_MAX,
     NESTING_MAX,
@@ -79,7 +89,11 @@ from nbdserver.limits import (
     POOL_DEFAULT,
     POOL_MAX,
     POOL_MIN,
+    REPLY_MEMORY_DEFAULT,
+    REPLY_MEMORY_MIN,
     ROOTS_COUNT_MAX,
+    RULE_COUNT_MAX,
+    SECONDS_MAX,
     SHOWN_COUNT_MAX,
     SOCKET_PATH_MAX,
     STRING_MAX,
@@ -87,16 +101,19 @@ from nbdserver.limits import (
     TEMPLATE_NAME_MAX,
     WORKERS_COUNT_MAX,
 )
+from nbdserver.listening import ListenConfig
 from nbdserver.registry import NOWHERE, Where
 from nbdserver.tls import NO_TLS, TlsConfig
+
+Made = TypeVar("Made")
 
 #: What an export says of TLS: as the server does, or that it is to be had with TLS alone.
 EXPORT_TLS: Final = ("default", "required")
 
 #: Keys of the file, and of the table of an export.
-TOP_KEYS: Final = ("listen", "roots", "tls", "control", "control_mode", "engine", "nodes", "exports")
+TOP_KEYS: Final = ("listen", "roots", "tls", "limits", "control", "control_mode", "engine", "nodes", "exports")
 EXPORT_KEYS: Final = (
-    *("image", "format", "layers", "read_only", "description", "default", "tls", "template"),
+    *("image", "format", "layers", "read_only", "description", "default", "tls", "access", "template"),
     *("cache", "aio", "discard", "detect_zeroes", "bitmaps", "allocation_depth", "snapshot"),
 )
 
@@ -109,11 +126,23 @@ IMAGE_KEYS: Final = {
     "snapshot": 'a key of the layer qcow2, or a layer, {type = "snapshot"}',
 }
 
+#: Keys of an entry of ``listen`` that says more than where.
+LISTEN_KEYS: Final = ("uri", "mode", "owner", "group", "tls", "access")
+
+#: Keys of ``access``, of listeners and exports.
+ACCESS_KEYS: Final = [field.name for field in dataclasses.fields(Rule)]
+
 #: Keys of the template of a pattern.
 TEMPLATE_KEYS: Final = ("image", "format", "directory", "ephemeral", "count_max", "size")
 
 #: Whoever may use the control socket: its owner.
 CONTROL_MODE_DEFAULT: Final = 0o600
+
+#: What ``listen`` is.
+LISTEN_WANTED: Final = "a list of strings, or of tables such as {uri = ...}"
+
+#: Linux's MAX_TCP_KEEPIDLE.
+KEEPALIVE_MAX: Final = 32767
 
 BACKENDS: Final = ("auto", "io_uring", "threads")
 
@@ -167,11 +196,11 @@ class ExportConfig:
     """One export: an ``image`` with its ``format`` (None: probe), or ``layers``, a checked stack; or, with a
     ``template``, those that the pattern ``name`` stands for.
 
-    ``read_only`` None: not said. ``default``: also served under the empty name. ``discard``: one of DISCARDS. Of an
-    image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes`` (None: as those of the layers of
-    these names are); the ``snapshot`` that is served instead of the disk, by its ID or name, read-only. ``bitmaps``,
-    ``allocation_depth``: meta contexts to offer (`contexts.Contexts`). ``where``: for messages. ``nodes``: what
-    ``layers`` may name.
+    ``access``: whom it is for. ``read_only`` None: not said. ``default``: also served under the empty name.
+    ``discard``: one of DISCARDS. Of an image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes``
+    (None: as those of the layers of these names are); the ``snapshot`` that is served instead of the disk, by its ID or
+    name, read-only. ``bitmaps``, ``allocation_depth``: meta contexts to offer (`contexts.Contexts`). ``where``: for
+    messages. ``nodes``: what ``layers`` may name.
     """
 
     name: str
@@ -182,6 +211,7 @@ class ExportConfig:
     description: str = ""
     default: bool = False
     tls_required: bool = False
+    access: Rule = ANYBODY
     template: TemplateConfig | None = None
     cache: str | None = None
     aio: str | None = None
@@ -231,6 +261,18 @@ class ExportConfig:
         if self.aio == "io_uring" and backend == "threads":
             _refuse(self.where, "aio", 'found "io_uring", but the engine\'s backend is "threads"')
 
+    @property
+    def needs_tls(self) -> bool:
+        """Whether it is to be had with TLS alone."""
+        return self.tls_required or self.access.needs_tls
+
+    def check_tls(self, tls: TlsConfig) -> None:
+        """Hold it to what the server does about TLS. Raises ConfigError."""
+        if tls.mode is TlsMode.OFF and self.tls_required:
+            _refuse(self.where, "tls", 'found "required", but the server does not use TLS: see [tls]')
+        if tls.mode is TlsMode.OFF and self.access.needs_tls:
+            _refuse(self.where, "access", "has subjects or identities, but the server does not use TLS: see [tls]")
+
     def _check_probed_raw(self) -> None:
         if self.read_only is False:
             _refuse(
@@ -258,10 +300,11 @@ class Config:
     """
 
     exports: tuple[ExportConfig, ...]
-    listen: tuple[str, ...] = ()
+    listen: tuple[str | ListenConfig, ...] = ()
     roots: tuple[str, ...] = ()
     engine: EngineConfig = EngineConfig()
     tls: TlsConfig = NO_TLS
+    bounds: Bounds = DEFAULTS
     #: The path of the control socket, if there is to be one, and its permissions.
     control: str | None = None
     control_mode: int = CONTROL_MODE_DEFAULT
@@ -271,7 +314,6 @@ def load(path: str) -> Config:
     """Read and check ``path``; every layer is built once, to check its keys. Opens no image. Raises ConfigError."""
     top = _Table(_read(path), Where(path), TOP_KEYS)
     directory = os.path.dirname(path)
-    listen = top.texts("listen", LISTEN_COUNT_MAX)
     nodes = _nodes(top.tables("nodes", NODES_COUNT_MAX), path)
     exports = list(_exports(top.tables("exports", EXPORTS_COUNT_MAX), path, nodes))
     if not exports:
@@ -280,9 +322,9 @@ def load(path: str) -> Config:
         )
     _check_names(exports)
     tls = _tls(top.table("tls", ("mode", "certificates", "psk", "verify_clients")), directory)
+    listen = tuple(_listeners(top, directory, tls))
     for export in exports:
-        if export.tls_required and tls.mode is TlsMode.OFF:
-            _refuse(export.where, "tls", 'found "required", but the server does not use TLS: see [tls]')
+        export.check_tls(tls)
     engine = _engine(top.table("engine", ("backend", "workers", "pool", "fault_threads", "record")), directory)
     for export in exports:
         export.check(engine.backend)
@@ -290,10 +332,11 @@ def load(path: str) -> Config:
         exports.sort(key=lambda export: bool(export.read_only))
     return Config(
         tuple(exports),
-        tuple(_listen(address, directory, path) for address in listen),
+        listen,
         tuple(os.path.join(directory, root) for root in top.texts("roots", ROOTS_COUNT_MAX)),
         engine,
         tls,
+        _bounds(top.table("limits", [field.name for field in dataclasses.fields(Bounds)])),
         _control(top, directory),
         _mode(top),
     )
@@ -403,16 +446,90 @@ def _tls(table: _Table, directory: str) -> TlsConfig:
     return tls
 
 
-def _listen(address: str, directory: str, file: str) -> str:
+def _bounds(table: _Table) -> Bounds:
+    return Bounds(
+        table.number("connections", 1, CONNECTIONS_COUNT_MAX),
+        table.number("connections_per_peer", 1, CONNECTIONS_COUNT_MAX),
+        table.number("requests_per_connection", 1, CONNECTION_REQUESTS_MAX) or CONNECTION_REQUESTS_DEFAULT,
+        table.size("memory_per_connection", 1, POOL_MAX) or CONNECTION_MEMORY_DEFAULT,
+        table.size("reply_memory", REPLY_MEMORY_MIN, POOL_MAX) or REPLY_MEMORY_DEFAULT,
+        table.seconds("handshake_timeout") or HANDSHAKE_TIMEOUT,
+        table.seconds("idle_timeout"),
+        table.number("keepalive", 1, KEEPALIVE_MAX),
+    )
+
+
+def _listeners(top: _Table, directory: str, tls: TlsConfig) -> Iterable[str | ListenConfig]:
+    """The entries of ``listen``: addresses, or tables with an address and more."""
+    values = top.get("listen")
+    if values is None:
+        return
+    if not isinstance(values, list):
+        top.refuse("listen", f"found {_shown(values)}, allowed is {LISTEN_WANTED}")
+    if not values:
+        top.refuse("listen", "found an empty list; leave the key out for the default")
+    _check_count(len(values), LISTEN_COUNT_MAX, top.where, "listen")
+    for index, value in enumerate(values):
+        if isinstance(value, str) and value and "\0" not in value:
+            yield str(_address(value, directory, Where(top.where.file), "listen"))
+        elif isinstance(value, dict):
+            where = Where(top.where.file, f"listen[{index}]")
+            yield _listener(_Table(value, where, LISTEN_KEYS), directory, tls)
+        else:
+            top.refuse("listen", f"found {_shown(value)} in the list, allowed is {LISTEN_WANTED}")
+
+
+def _listener(table: _Table, directory: str, tls: TlsConfig) -> ListenConfig:
+    text = table.text("uri")
+    if text is None:
+        table.refuse("uri", "missing: where to listen, as an NBD URI")
+    address = _address(text, directory, table.where, "uri")
+    if address.socket is None:
+        for key in ("mode", "owner", "group"):
+            if table.get(key) is not None:
+                table.refuse(key, "is for a Unix socket: nbd+unix:///?socket=PATH")
+    mode = table.one_of("tls", list(TlsMode))
+    listener = ListenConfig(
+        address,
+        table.number("mode", 0, 0o777),
+        table.made("owner", access.user),
+        table.made("group", access.group),
+        None if mode is None else TlsMode(mode),
+        _access(table),
+    )
+    try:
+        listener.check(tls)
+    except ConfigError as error:
+        table.refuse(error.key, error.message)
+    return listener
+
+
+def _access(table: _Table) -> Rule:
+    """Whom the table's key ``access`` admits."""
+    if table.get("access") is None:
+        return ANYBODY
+    inner = table.inner("access", ACCESS_KEYS)
+    return Rule(
+        addresses=inner.all_made("addresses", access.network),
+        deny=inner.all_made("deny", access.network),
+        users=inner.all_made("users", access.user),
+        groups=inner.all_made("groups", access.group),
+        machines=inner.all_made("machines", access.machine),
+        subjects=inner.all_made("subjects", access.pattern),
+        identities=inner.all_made("identities", access.pattern),
+    )
+
+
+def _address(address: str, directory: str, where: Where, key: str) -> uri.NbdUri:
     """The address with its socket's path made relative to ``directory``."""
     try:
         parsed = uri.parse_listen(address)
         if parsed.socket is None:
-            return str(parsed)
+            return parsed
         moved = dataclasses.replace(parsed, socket=os.path.join(directory, parsed.socket))
-        return str(uri.parse_listen(str(moved)))
+        return uri.parse_listen(str(moved))
     except ConfigError as error:
-        raise ConfigError(error.message, file=file, key="listen") from error
+        _refuse(where, key, error.message)
 
 
 def _nodes(tables: Mapping[str, object], file: str) -> Mapping[str, NodeConfig]:
@@ -465,6 +582,7 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         description,
         bool(table.flag("default")) and name != "",
         table.choice("tls", EXPORT_TLS, "default") == "required",
+        _access(table),
         cache=table.one_of("cache", CACHES),
         aio=table.one_of("aio", AIOS),
         detect_zeroes=table.one_of("detect_zeroes", DETECT_ZEROES),
@@ -492,6 +610,7 @@ def _pattern(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeC
         name,
         description=description,
         tls_required=table.choice("tls", EXPORT_TLS, "default") == "required",
+        access=_access(table),
         template=_template(table.inner("template", TEMPLATE_KEYS), directory),
         allocation_depth=bool(table.flag("allocation_depth")),
         where=table.where,
@@ -568,7 +687,7 @@ def _check_names(exports: Sequence[ExportConfig]) -> None:
 class Disks:
     """What the disks of a configuration are made of, and how they are served: equal for the same in two configurations.
 
-    It has no say in what an export is told of besides: its description, and whether it is the default.
+    It has no say in what an export is told of besides: its description, whom it is for, and whether it is the default.
     """
 
     def __init__(self, config: Config) -> None:
@@ -579,7 +698,7 @@ class Disks:
 
     def of(self, export: ExportConfig) -> object:
         told = {field.name: getattr(export, field.name) for field in dataclasses.fields(export)}
-        for key in ("description", "default", "where", "nodes"):
+        for key in ("description", "default", "tls_required", "access", "where", "nodes"):
             del told[key]
         return told, [self.node(name) for name in sorted(export.named_nodes)]
 
@@ -804,6 +923,37 @@ class _Table:
         wanted = f"an integer from {low} to {high}"
         value = self._take(key, lambda value: _is_integer(value) and low <= value <= high, wanted)
         return None if value is None else int(value)
+
+    def seconds(self, key: str) -> float | None:
+        """A time, in seconds."""
+        wanted = f"a number of seconds, more than 0, at most {SECONDS_MAX}"
+
+        def fits(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= SECONDS_MAX
+
+        value = self._take(key, fits, wanted)
+        return None if value is None else float(value)
+
+    def made(self, key: str, make: Callable[[object], Made]) -> Made | None:
+        """What ``make`` makes of the value; it raises ValueError, saying what is allowed."""
+        value = self.get(key)
+        return None if value is None else self._make(key, value, make)
+
+    def all_made(self, key: str, make: Callable[[object], Made]) -> tuple[Made, ...]:
+        """The same of each value of a list; empty if the key is not there."""
+        value = self._take(key, lambda value: isinstance(value, list), "a list")
+        if value is None:
+            return ()
+        if not value:
+            self.refuse(key, "found an empty list, which nobody is in; leave the key out to ask nothing")
+        _check_count(len(value), RULE_COUNT_MAX, self.where, key)
+        return tuple(self._make(key, item, make) for item in value)
+
+    def _make(self, key: str, value: object, make: Callable[[object], Made]) -> Made:
+        try:
+            return make(value)
+        except ValueError as error:
+            self.refuse(key, f"found {_shown(value)}, allowed is {error}")
 
     def size(self, key: str, low: int, high: int) -> int | None:
         """Bytes, from ``low`` to ``high``."""

@@ -118,7 +118,7 @@ def _export_table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             table.append((row["name"], "", "", f"{row['state']}: {more}", "", ""))
             continue
         layers = " ".join(_layer_words(layer) for layer in row["layers"])
-        access = "read-only" if row["read_only"] else "writable"
+        access = ("read-only" if row["read_only"] else "writable") + (", restricted" if row["access"] else "")
         state = row["state"] + (", default" if row["default"] else "") + ("" if row["configured"] else ", added")
         table.append((row["name"], str(row["size"]), access, state, str(len(row["clients"])), layers))
     return table
@@ -217,6 +217,8 @@ def _reload_lines(answer: dict[str, Any]) -> Iterator[str]:
 )
 @click.option("--read-only", "-r", is_flag=True, help="Serve it read-only.")
 @click.option("--description", metavar="TEXT", help="What clients are told of it.")
+@click.option("--tls-required", is_flag=True, help="Serve it to clients with TLS alone.")
+@click.option("--access", metavar="TOML", help='Whom it is for, as in a configuration: {users = ["alice"]}.')
 @json_option
 @click.pass_obj
 def add(
@@ -227,6 +229,8 @@ def add(
     layers: str | None,
     read_only: bool,
     description: str | None,
+    tls_required: bool,
+    access: str | None,
     as_json: bool,
 ) -> None:
     """Serve one more export: IMAGE, or layers, as NAME. A reload does not touch it.
@@ -246,10 +250,12 @@ def add(
         layers=None if layers is None else toml_value(layers, "--layers"),
         read_only=read_only or None,
         description=description,
+        tls="required" if tls_required else None,
+        access=None if access is None else toml_value(access, "--access"),
         directory=os.getcwd(),
     )
-    access = "read-only" if answer["read_only"] else "writable"
-    print_answer(answer, as_json, lambda: iter((f"{name!r}: {answer['size']} bytes, {access}",)))
+    writable = "read-only" if answer["read_only"] else "writable"
+    print_answer(answer, as_json, lambda: iter((f"{name!r}: {answer['size']} bytes, {writable}",)))
 
 
 def toml_value(text: str, hint: str) -> Any:

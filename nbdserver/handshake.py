@@ -15,12 +15,14 @@ project, "Handshake", "Metadata querying" and "Values / Handshake phase"; its wo
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag, StrEnum
 from typing import Final
 
+from nbdserver.access import ANYBODY, UNKNOWN, Peer, Rule
 from nbdserver.errors import ConfigError
 from nbdserver.limits import (
     DISK_MAX,
@@ -147,7 +149,8 @@ class ExportInfo:
 
     ``name`` is the canonical name; the mapping of exports may hold the same export under another key too (the
     default export, "", usually is one that has a name). What a read-only export cannot have (trim, zero, FUA) is
-    left out of its flags by itself, as is what depends on something not negotiated.
+    left out of its flags by itself, as is what depends on something not negotiated. ``access``: whom it is for; to
+    others it is not there.
 
     Raises ConfigError for what the protocol cannot express.
     """
@@ -157,6 +160,7 @@ class ExportInfo:
     description: str = ""
     read_only: bool = False
     tls_required: bool = False
+    access: Rule = ANYBODY
     can_flush: bool = True
     can_fua: bool = True
     can_trim: bool = True
@@ -190,6 +194,11 @@ class ExportInfo:
                 f"(preferred) and {self.maximum_payload} (maximum payload); the first two must be powers of 2, at most "
                 f"{MINIMUM_BLOCK_MAX} and at least {PREFERRED_BLOCK_MIN}, and none smaller than the one before"
             )
+
+    @property
+    def needs_tls(self) -> bool:
+        """Whether it is to be had with TLS alone."""
+        return self.tls_required or self.access.needs_tls
 
     def _lawful_blocks(self) -> bool:
         minimum, preferred, maximum = self.minimum_block, self.preferred_block, self.maximum_payload
@@ -266,8 +275,9 @@ class Handshake:
     ``exports`` gives the exports by the names they may be asked for under, "" being the default export; it is
     called again for each option, so exports may come and go. ``enter`` is given the name that transmission is about to
     begin with and gives the export, there to stay until the connection ends; it may raise `Unavailable`.
-    ``stopping`` says whether the server is shutting down. ``peer`` names the client, for reasons. With ``tls``
-    "allowed", exports that say so are to be had with TLS alone, and are not listed without; with "required", all are.
+    ``stopping`` says whether the server is shutting down. ``peer`` names the client, for reasons; ``who`` is what the
+    rules of exports are told of it. With ``tls`` "allowed", exports that say so are to be had with TLS alone, and are
+    not listed without; with "required", all are.
     Used by one thread at a time, and not after Begin or End.
     """
 
@@ -276,12 +286,13 @@ class Handshake:
         exports: Callable[[], Mapping[str, ExportInfo]],
         *,
         peer: str,
+        who: Peer = UNKNOWN,
         enter: Callable[[str], ExportInfo] | None = None,
         stopping: Callable[[], bool] = lambda: False,
         tls: TlsMode = TlsMode.OFF,
     ) -> None:
         self._exports, self._peer, self._enter, self._stopping = exports, peer, enter, stopping
-        self._tls, self._is_secure = tls, False
+        self._who, self._tls, self._is_secure = who, tls, False
         self._flags = ClientFlag(0)
         self._options_count = 0
         self._style = Style.SIMPLE
@@ -297,11 +308,14 @@ class Handshake:
         self._flags = ClientFlag(flags)
         return None
 
-    def secured(self) -> None:
-        """TLS has begun. Nothing said before counts: somebody else may have said it."""
+    def secured(self, subject: str | None = None, identity: str | None = None) -> Peer:
+        """TLS has begun, with whoever has this certificate's subject or knows the key of this name; who the client is
+        now. Nothing said before counts: somebody else may have said it."""
         self._is_secure = True
+        self._who = dataclasses.replace(self._who, subject=subject, identity=identity)
         self._style = Style.SIMPLE
         self._contexts = ("", ())
+        return self._who
 
     def option(self, option: int, data: bytes) -> Action:
         """Take one option with its data (at most OPTION_MAX bytes) and answer it."""
@@ -385,7 +399,7 @@ class Handshake:
         for name, export in sorted(self._exports().items()):
             if name != export.name:  # An alias, such as the default export's: listed under its own name.
                 continue
-            if export.tls_required and not self._is_secure:
+            if (export.needs_tls and not self._is_secure) or not export.access.admits(self._who):
                 continue
             encoded_name = name.encode()
             details = struct.pack(">I", len(encoded_name)) + encoded_name + export.description.encode()
@@ -485,9 +499,11 @@ class Handshake:
         """The export called ``name``. ``insecure``: how a client without TLS is told that it needs it. (ERR_TLS_REQD is
         for INFO and GO alone: proto.md, "SELECTIVETLS mode".)"""
         export = self._exports().get(name)
-        if export is not None and export.tls_required and not self._is_secure:
+        if export is not None and not export.access.admits_origin(self._who):
+            export = None
+        if export is not None and export.needs_tls and not self._is_secure:
             raise _RefusalError(insecure, f"export {_shown(name)} is to be had with TLS alone")
-        if export is None:
+        if export is None or not export.access.admits_identity(self._who):
             what = f"no export is named {_shown(name)}" if name else "there is no default export"
             raise _RefusalError(ReplyType.ERR_UNKNOWN, what)
         return export

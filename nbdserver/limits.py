@@ -126,8 +126,38 @@ EXTENTS_SHOWN_COUNT_MAX: Final = 4096
 #: Engine threads by default: one a processor, but no more than this; each holds a receive buffer and a ring.
 WORKERS_MAX: Final = 16
 
-#: Seconds a client may take for its handshake.
+#: Seconds a client may take for its handshake, TLS included; and as long as anybody would want times to be.
 HANDSHAKE_TIMEOUT: Final = 30.0
+SECONDS_MAX: Final = 24 * 60 * 60
+
+#: Connections at once: each may hold some MiB of requests and replies. And the part of them that one peer may have:
+#: more than any needs, and never all, so that others still find the door open.
+CONNECTIONS_COUNT_DEFAULT: Final = 4096
+CONNECTIONS_COUNT_MAX: Final = 1 << 20
+PEER_PART: Final = 3 / 4
+
+#: Requests of one connection under way at once; a client that sends more waits. Linux's own client has 128 tags.
+CONNECTION_REQUESTS_DEFAULT: Final = 256
+CONNECTION_REQUESTS_MAX: Final = 1 << 16
+
+#: Bytes of the pool that the requests of one connection may hold (one request may always run). The engine holds it to a
+#: quarter of the pool besides.
+CONNECTION_MEMORY_DEFAULT: Final = 64 * MIB
+
+#: Bytes that requests without a payload and their replies may take, over all connections: block status for some
+#: thousand requests at once. Beyond it each connection may have one request under way.
+REPLY_MEMORY_DEFAULT: Final = 256 * MIB
+REPLY_MEMORY_MIN: Final = MIB
+
+#: Lines about clients in the log, in so many seconds: enough to see what is wrong, too few to fill a disk.
+CLIENT_LINES_COUNT_MAX: Final = 20
+CLIENT_LINES_PERIOD: Final = 10.0
+
+#: Unanswered questions after which TCP gives a silent client up.
+KEEPALIVE_COUNT: Final = 4
+
+#: Entries in one list of an access rule; each is compared with every client.
+RULE_COUNT_MAX: Final = 1024
 
 #: Pre-shared keys: a file of them, bytes; and a name and a key, bytes (OpenSSL's PSK_MAX_...).
 PSK_FILE_MAX: Final = 1 << 20

@@ -19,9 +19,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+from nbdserver.access import UNKNOWN, Peer
 from nbdserver.errors import ConfigError
 from nbdserver.handshake import ExportInfo, Handshake, Unavailable
 from nbdserver.limits import EXPORTS_COUNT_MAX
+from nbdserver.listening import Listener
 
 
 class Connection(Protocol):
@@ -29,6 +31,8 @@ class Connection(Protocol):
 
     @property
     def peer(self) -> str: ...
+    @property
+    def process(self) -> tuple[int, int, list[int]] | None: ...
     def counters(self) -> dict[str, int]: ...
     def disconnect(self) -> None: ...
 
@@ -59,7 +63,8 @@ AnyExport = TypeVar("AnyExport", bound=Offered)
 
 @dataclasses.dataclass(eq=False)
 class Client:
-    """One connection. ``since``: when it was made, seconds since 1970. ``handshake``: None once that is over."""
+    """One connection. ``since``: when it was made, seconds since 1970. ``handshake``: None once that is over. ``who``:
+    as far as is known by now. ``listener``, ``tls``: where it came by, and what it may begin TLS with."""
 
     id: int
     connection: Connection
@@ -67,11 +72,25 @@ class Client:
     handshake: Handshake | None = None
     export: Offered | None = None
     is_gone: bool = False
+    who: Peer = UNKNOWN
+    listener: Listener | None = None
+    tls: Any = None
 
     def describe(self) -> dict[str, Any]:
         """What there is to tell, as JSON has it."""
         export = None if self.export is None else self.export.name
-        about = {"id": self.id, "address": self.connection.peer, "since": self.since, "export": export}
+        process = self.connection.process
+        pid, uid = (None, None) if process is None else process[:2]
+        about = {
+            "id": self.id,
+            "address": self.connection.peer if process is None else "unix",
+            "pid": pid,
+            "uid": uid,
+            "subject": self.who.subject,
+            "identity": self.who.identity,
+            "since": self.since,
+            "export": export,
+        }
         return {**about, **self.connection.counters()}
 
 
@@ -278,5 +297,7 @@ def _add(exports: dict[str, AnyExport], export: AnyExport) -> None:
 def _admit(client: Client, export: Offered) -> None:
     if client.is_gone:
         raise Unavailable("the client has gone")
+    if not export.info.access.admits(client.who):
+        raise Unavailable("the export has just been closed to you")
     client.export = export
     export.clients.add(client)

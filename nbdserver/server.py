@@ -15,10 +15,12 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import ipaddress
 import itertools
 import logging
 import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,8 @@ from types import TracebackType
 from typing import Any, Final
 
 from nbdserver import _engine, blocks
+from nbdserver.access import ANYBODY, Peer, Rule
+from nbdserver.bounds import DEFAULTS, Bounds
 from nbdserver.contexts import Bitmaps, Contexts
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
@@ -40,7 +44,6 @@ from nbdserver.limits import (
     EXTENTS_AHEAD_MAX,
     FAULT_THREADS,
     FILLS_COUNT_MAX,
-    HANDSHAKE_TIMEOUT,
     POOL_DEFAULT,
     STATUS_COUNT_MAX,
     STOP_TIMEOUT,
@@ -49,13 +52,14 @@ from nbdserver.limits import (
     THREADS_STOP_TIMEOUT,
     WORKERS_MAX,
 )
-from nbdserver.listening import Listener, bind
+from nbdserver.listening import ListenConfig, Listener, Ready, bind, keep_alive
 from nbdserver.offers import KEEP, Client, Keep, Maker, Offers, Removal
 from nbdserver.permissions import ONLOOKER, Grant
 from nbdserver.pool import Pool, raise_limit
 from nbdserver.request import Flag, Request, Segment, Vector, add_region
+from nbdserver.sparing import Sparing
 from nbdserver.tls import NO_TLS, TlsConfig
-from nbdserver.uri import parse_listen
+from nbdserver.uri import NbdUri
 
 #: Flags of requests on the wire (proto.md, "Command flags").
 FUA: Final = 1 << 0
@@ -66,6 +70,9 @@ FAST_ZERO: Final = 1 << 4
 #: How `_engine` is told of ZERO and CODE.
 ENGINE_ZERO: Final = 0
 ENGINE_CODE: Final = 1
+
+#: How connections are served that came by no listener.
+UNLISTENED: Final = ListenConfig(NbdUri())
 
 #: Who uses layers that are no export's yet, in errors.
 ADDED: Final = "a layer that is being added"
@@ -211,9 +218,9 @@ class Export:
         finally:
             self.engine_export.drain_end()
 
-    def describe(self, description: str) -> None:
-        """Have clients told another description."""
-        self.info = dataclasses.replace(self.info, description=description)
+    def describe(self, description: str, tls_required: bool, access: Rule) -> None:
+        """Have clients told another description, and new ones held to other rules."""
+        self.info = dataclasses.replace(self.info, description=description, tls_required=tls_required, access=access)
 
     def offer(self, bitmaps: Bitmaps) -> None:
         """Have clients that come from now on offered these bitmaps (see `contexts.Contexts`), and no others; whoever
@@ -425,6 +432,13 @@ def _tls_context(tls: TlsConfig) -> _engine.TlsContext | None:
         raise ConfigError(f"TLS cannot be used: {error}") from error
 
 
+def _who(client: _engine.Client) -> Peer:
+    """A client as far as the system knows it."""
+    _, uid, groups = client.process or (0, None, ())
+    address = None if client.address is None else ipaddress.ip_address(client.address)
+    return Peer(address=address, uid=uid, groups=frozenset(groups), cid=client.machine)
+
+
 def _user(name: str) -> str:
     """Who an export is, among the users of layers and files."""
     return f"export {name!r}"
@@ -437,7 +451,9 @@ def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:
 class Server:
     """An NBD server: exports served on listening addresses.
 
-    ``listen``: NBD URIs (port 0 takes a free one). ``backend``: "auto", "io_uring" or "threads". ``workers``: engine
+    ``listen``: NBD URIs (port 0 takes a free one), or more of each (`listening.ListenConfig`). ``ready``: sockets that
+    somebody has bound already; those at an address of ``listen`` are taken for it, the others served too. ``bounds``:
+    what clients may have. ``backend``: "auto", "io_uring" or "threads". ``workers``: engine
     threads, by default one a processor. ``pool``: bytes of the buffer pool. ``roots``: directories that images may
     name files in. ``record``: a directory for the I/O recorder. ``tls``: whether and how connections use TLS.
     ``log`` is given each line of the log.
@@ -448,7 +464,9 @@ class Server:
     def __init__(
         self,
         *,
-        listen: Sequence[str] = (),
+        listen: Sequence[str | ListenConfig] = (),
+        ready: Sequence[socket.socket] = (),
+        bounds: Bounds = DEFAULTS,
         backend: str = "auto",
         workers: int | None = None,
         pool: int = POOL_DEFAULT,
@@ -458,9 +476,11 @@ class Server:
         tls: TlsConfig = NO_TLS,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        self._addresses = [parse_listen(uri) for uri in listen]
+        self._wanted = [ListenConfig.of(wanted) for wanted in listen]
+        self._ready = Ready(ready)
         self._roots = tuple(roots)
         self._log = log if log is not None else _log.info
+        self._log_client = Sparing(self._log)
         workers = workers if workers is not None else min(os.cpu_count() or 1, WORKERS_MAX)
         # Every image takes two descriptors, every client one; registered memory is locked memory.
         raise_limit(resource.RLIMIT_NOFILE)
@@ -471,12 +491,15 @@ class Server:
                 pool=pool,
                 backend=backend,
                 fault_threads=fault_threads,
-                handshake_timeout=HANDSHAKE_TIMEOUT,
+                limits=bounds.of_engine(),
                 record=os.fspath(record) if record is not None else None,
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the engine cannot start: {error}") from error
         add_region(self)
+        self._bounds = bounds
+        for wanted in self._wanted:
+            wanted.check(tls)
         self._tls, self._tls_context = tls, _tls_context(tls)
         self._fault_threads_count = fault_threads
         self._effects = Effects(self._engine)
@@ -499,6 +522,9 @@ class Server:
         self._enders: set[threading.Thread] = set()
         #: Those that are accepted on, once started: first those of ``listen``.
         self.listeners: list[Listener] = []
+        self._listener_of: dict[int, Listener] = {}
+        #: Is called when a client has gone.
+        self.on_gone: Callable[[], None] = lambda: None
         #: Is told of exports that have ended after their last client.
         self.on_end: Callable[[Export], None] = lambda export: None
         #: Is told of layers that stand in the place of others, in a drained section of these.
@@ -519,14 +545,16 @@ class Server:
         description: str = "",
         default: bool = False,
         tls_required: bool = False,
+        access: Rule = ANYBODY,
         discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
         bitmaps: Bitmaps = (),
         allocation_depth: bool = False,
     ) -> Export:
         """Open ``layer`` and everything below it, and export it as ``name`` (and under "", if ``default``).
-        ``tls_required``: to clients with TLS alone. ``discard``: see `Export`. ``roots``: where images may name files,
-        if not in the server's. ``bitmaps``, ``allocation_depth``: which meta contexts to offer (`contexts.Contexts`).
+        ``tls_required``: to clients with TLS alone. ``access``: to whom else alone. ``discard``: see `Export`.
+        ``roots``: where images may name files, if not in the server's. ``bitmaps``, ``allocation_depth``: which meta
+        contexts to offer (`contexts.Contexts`).
 
         Raises ImageError, ConfigError; nothing is left open then.
         """
@@ -538,6 +566,7 @@ class Server:
                 read_only=read_only,
                 description=description,
                 tls_required=tls_required,
+                access=access,
                 discard=discard,
                 roots=roots,
                 bitmaps=bitmaps,
@@ -558,6 +587,7 @@ class Server:
         read_only: bool = False,
         description: str = "",
         tls_required: bool = False,
+        access: Rule = ANYBODY,
         discard: bool = True,
         roots: Sequence[str | os.PathLike[str]] | None = None,
         bitmaps: Bitmaps = (),
@@ -580,6 +610,7 @@ class Server:
                     size=layer.size,
                     read_only=read_only,
                     tls_required=tls_required,
+                    access=access,
                     preferred_block=preferred_block(layer),
                     rotational=is_rotational(layer),
                     contexts=contexts.names,
@@ -859,7 +890,12 @@ class Server:
     def accept(self, listener: Listener) -> None:
         """Serve those who connect to ``listener``, too. The server is running."""
         while listener.sockets:
-            listener.numbers.append(self._engine.listen(listener.sockets.pop(0).detach()))
+            bound = listener.sockets.pop(0)
+            keep_alive(bound, self._bounds.keepalive)
+            with self._lock:  # the first client may be there at once
+                number = self._engine.listen(bound.detach())
+                listener.numbers.append(number)
+                self._listener_of[number] = listener
         self.listeners.append(listener)
 
     def refuse(self, listener: Listener) -> None:
@@ -869,15 +905,37 @@ class Server:
             self._engine.unlisten(number)
         listener.close()
 
+    def connected(self, client: socket.socket) -> None:
+        """Serve who is at the other end of a connected socket, too, which is taken over. The server is running."""
+        keep_alive(client, self._bounds.keepalive)
+        client.setblocking(False)
+        self._engine.connected(client.detach())
+
+    def use_bounds(self, bounds: Bounds) -> None:
+        """Hold clients to these from now on; ``keepalive`` goes for new listeners."""
+        self._bounds = bounds
+        self._engine.set_limits(bounds.of_engine())
+
+    def prepared_tls(self, tls: TlsConfig) -> Callable[[], None]:
+        """What has new connections use TLS so, with the files as they are now; those that there are go on as they are.
+        Raises ConfigError, with nothing changed."""
+        context = _tls_context(tls)
+
+        def use() -> None:
+            self._tls, self._tls_context = tls, context
+
+        return use
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen and serve. Raises ConfigError, with nothing left listening."""
         with contextlib.ExitStack() as undo:
             bound = []
-            for address in self._addresses:
-                bound.append(bind(address))
+            for wanted in self._wanted:
+                bound.append(bind(wanted, self._ready, self._wanted))
                 undo.callback(bound[-1].close)
+            bound += self._ready.listeners()
             # The threads first: from the first connection on there must be somebody to answer.
             self._spawn("nbd-handshake", self._serve_events)
             for index in range(self._fault_threads_count):
@@ -971,11 +1029,14 @@ class Server:
         by the roles that lead to them ("/" is the root; `layer.BufferCounters`), and ``files`` by their names
         (``fixed``: reads and writes on registered buffers). Of the ``pool``, in bytes, its size, what is free, what is
         registered and what lies on ``huge`` pages now, and the kind of its ``pages`` (normal, transparent or hugetlb).
+        ``turned_away``: clients that were one too many; ``reply_memory``: what counts against the limit of that name.
         ``ring``: the operations that the kernel was given through rings. Of every client, what it has asked for."""
         exports = {name: export.counters() for name, export in list(self.exports.items())}
         return {
             "backend": self._engine.backend,
             "connections": self._engine.connections,
+            "turned_away": self._engine.turned_away,
+            "reply_memory": self._engine.reply_memory,
             "pool": {**self.pool.counts(), "free": self._engine.pool_free},
             "ring": self._engine.operations(),
             "exports": exports,
@@ -999,6 +1060,9 @@ class Server:
         if event.kind == "closed":
             self._closed(event.connection)
             return
+        if event.kind == "full":
+            self._log_client(event.reason or "")
+            return
         client = self._clients.get(event.connection)
         if client is None or client.handshake is None:
             return  # it has begun transmission or ended: nothing more is asked of us
@@ -1018,10 +1082,10 @@ class Server:
     def _answer(self, event: _engine.Event, client: Client, handshake: Handshake) -> None:
         action: Action | None = None
         if event.kind == "insecure":
-            self._log(f"{handshake.peer}: TLS could not begin: {event.reason}")
+            self._log_client(f"{handshake.peer}: TLS could not begin: {event.reason}")
             return
         if event.kind == "secured":
-            handshake.secured()
+            action = self._secured(event, client, handshake)
         elif event.kind == "flags":
             action = handshake.client_flags(event.code)
         elif event.kind == "option":
@@ -1031,15 +1095,14 @@ class Server:
         if action is None:
             event.next(b"")
         elif isinstance(action, StartTls):
-            assert self._tls_context is not None, "no TLS without a context"
-            event.start_tls(action.data, self._tls_context)
+            event.start_tls(action.data, client.tls)
         elif isinstance(action, Begin):
             client.handshake = None
             self._begin(event, action, client)
         elif isinstance(action, End):
             client.handshake = None
             if action.reason:
-                self._log(action.reason)
+                self._log_client(action.reason)
             event.end(action.data)
         else:
             event.next(action.data)
@@ -1047,14 +1110,41 @@ class Server:
     def _opened(self, event: _engine.Event) -> None:
         assert event.client is not None
         client = Client(next(self._client_numbers), event.client, time.time())
+        client.who = _who(event.client)
+        number = event.client.listener
+        with self._lock:
+            client.listener = None if number is None else self._listener_of[number]
+        wanted = UNLISTENED if client.listener is None else client.listener.wanted
+        self._clients[event.connection] = client
+        if not wanted.access.admits_origin(client.who):
+            self._log_client(f"{event.client.peer} may not connect to {wanted.address}")
+            event.end(b"")
+            return
+        # What the server does about TLS may change meanwhile; not for this connection.
+        mode, client.tls = self._tls.mode, self._tls_context
+        if wanted.tls is not None and client.tls is not None:
+            mode = wanted.tls
+        if wanted.access.needs_tls:
+            mode = TlsMode.REQUIRED
         client.handshake = Handshake(
             self._export_infos,
             peer=event.client.peer,
+            who=client.who,
             enter=functools.partial(self._enter, client),
             stopping=self._stopping.is_set,
-            tls=self._tls.mode,
+            tls=mode,
         )
-        self._clients[event.connection] = client
+        event.greet()
+
+    def _secured(self, event: _engine.Event, client: Client, handshake: Handshake) -> Action | None:
+        """TLS has begun: whether the client may stay."""
+        assert event.secured is not None
+        subject, identity, _ = event.secured
+        client.who = handshake.secured(subject, identity)
+        wanted = UNLISTENED if client.listener is None else client.listener.wanted
+        if wanted.access.admits_identity(client.who):
+            return None
+        return End(b"", f"{handshake.peer} is {subject or identity}, who may not connect to {wanted.address}")
 
     def _export_infos(self) -> Mapping[str, ExportInfo]:
         return self._offers
@@ -1091,6 +1181,7 @@ class Server:
         if client is None:
             return
         export = self._offers.leave(client)
+        self.on_gone()
         if export is not None:
             thread = threading.Thread(target=self._end_alone, args=(export,), name=f"nbd-end-{export.name}")
             self._enders.add(thread)

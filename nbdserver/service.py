@@ -22,12 +22,14 @@ import contextlib
 import dataclasses
 import enum
 import os
+import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbdserver import listening, uri
+from nbdserver import listening
 from nbdserver.config import Config, Disks, ExportConfig, layer_over, one_export
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.explain import trial
@@ -36,7 +38,7 @@ from nbdserver.graph import Child, ExcludedError, walk
 from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import STOP_TIMEOUT
-from nbdserver.listening import Listener
+from nbdserver.listening import ListenConfig, Listener
 from nbdserver.live.chain import active
 from nbdserver.offers import KEEP, Removal
 from nbdserver.templates import Template
@@ -90,6 +92,10 @@ class Reload:
     leaving: list[str] = dataclasses.field(default_factory=list)
     listening: list[str] = dataclasses.field(default_factory=list)
     refusing: list[str] = dataclasses.field(default_factory=list)
+    #: Exports, of those unchanged, and addresses that admit others than before.
+    access: list[str] = dataclasses.field(default_factory=list)
+    #: Files of certificates and keys that have been read again, for new connections.
+    reread: list[str] = dataclasses.field(default_factory=list)
     #: Keys that have changed, and are taken up by a restart only.
     restart: list[str] = dataclasses.field(default_factory=list)
 
@@ -107,7 +113,7 @@ class Reload:
 
 class Service:
     """``wanted``, served. ``reread`` gives the configuration as it is now, for `reload`; ``on_quit`` is called when
-    a client wants the end; ``log`` is given each line of the log.
+    a client wants the end; ``log`` is given each line of the log. ``ready``: see `Server`.
 
     One change at a time; thread-safe. Raises ConfigError, ImageError.
     """
@@ -119,6 +125,7 @@ class Service:
         reread: Callable[[], Config] | None = None,
         on_quit: Callable[[], None] = lambda: None,
         log: Callable[[str], None],
+        ready: Sequence[socket.socket] = (),
     ) -> None:
         from nbdserver.server import Server
 
@@ -126,6 +133,8 @@ class Service:
         engine = wanted.engine
         self.server: Server = Server(
             listen=wanted.listen,
+            ready=ready,
+            bounds=wanted.bounds,
             backend=engine.backend,
             workers=engine.workers,
             pool=engine.pool,
@@ -166,11 +175,12 @@ class Service:
                     wanted.name, layer, default=wanted.default, **self._options(wanted, read_only)
                 )
             self._configured[wanted.name] = Configured(wanted, disks.of(wanted), export)
-            tls = wanted.tls_required or self._config.tls.mode is TlsMode.REQUIRED
+            tls = wanted.needs_tls or self._config.tls.mode is TlsMode.REQUIRED
             opened({**row_of(wanted, layer, read_only), "tls": tls})
         self._use_templates()
         self.server.start()
-        self._listeners = dict(zip(self._config.listen, self.server.listeners, strict=True))
+        addresses = [_address(wanted) for wanted in self._config.listen]
+        self._listeners = dict(zip(addresses, self.server.listeners, strict=False))  # first come those of `listen`
         self.server.on_end = self._ended
 
     def stop(self) -> None:
@@ -187,6 +197,7 @@ class Service:
             "read_only": read_only,
             "description": wanted.description,
             "tls_required": wanted.tls_required,
+            "access": wanted.access,
             "discard": wanted.discard == "unmap",
             "bitmaps": wanted.bitmaps,
             "allocation_depth": wanted.allocation_depth,
@@ -208,13 +219,17 @@ class Service:
         with self._lock:
             wanted = self._reread()
             plan = _Plan(self._config, wanted, self._configured)
+            use_tls = self._prepared_tls(wanted)
             with self.server.changing(), contextlib.ExitStack() as undo:
                 self._check_names(plan)
                 bound = self._bind(wanted, undo)
                 nodes = {name: layer for name, layer in self._nodes.items() if plan.keeps(name)}
                 opened = self._open_all(plan, nodes, undo)
+                self._permit(wanted, undo)
                 undo.pop_all()
                 self._nodes = nodes
+                use_tls()
+                self.server.use_bounds(wanted.bounds)
                 self._switch(plan, opened, mode)
             return self._finish(plan, bound, mode)
 
@@ -229,14 +244,38 @@ class Service:
                     table=where.table,
                 )
 
+    def _prepared_tls(self, wanted: Config) -> Callable[[], None]:
+        """`Server.prepared_tls`: the files are read again, whether or not the table has changed. Raises ConfigError."""
+        try:
+            return self.server.prepared_tls(wanted.tls)
+        except ConfigError as error:
+            raise error if error.file is not None else error.at(wanted.exports[0].where.file, "tls") from error
+
     def _bind(self, wanted: Config, undo: contextlib.ExitStack) -> dict[str, Listener]:
         """Listeners for the addresses that nobody listens on yet."""
         bound = {}
-        for address in dict.fromkeys(wanted.listen):
-            if address not in self._listeners:
-                bound[address] = listening.bind(uri.parse_listen(address))
+        places = [ListenConfig.of(entry) for entry in wanted.listen]
+        for place in places:
+            address = _address(place)
+            if address not in self._listeners and address not in bound:
+                bound[address] = listening.bind(place, beside=places)
                 undo.callback(bound[address].close)
         return bound
+
+    def _permit(self, wanted: Config, undo: contextlib.ExitStack) -> None:
+        """Give the sockets that stay their owners and permissions, where others are wanted. Raises ConfigError."""
+        for place in map(ListenConfig.of, wanted.listen):
+            listener = self._listeners.get(_address(place))
+            if listener is None or listener.identity is None or listener.address.socket is None:
+                continue
+            owners = (place.owner, place.group)
+            if (place.mode, owners) != (listener.wanted.mode, (listener.wanted.owner, listener.wanted.group)):
+                path, before = listener.address.socket, os.stat(listener.address.socket)
+                try:
+                    listening.permit(path, place.mode, owners)
+                except OSError as error:
+                    raise ConfigError(f"{listener.address}: {error.strerror}", key="listen") from error
+                undo.callback(listening.permit, path, stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid))
 
     def _open_all(self, plan: _Plan, nodes: dict[str, Layer], undo: contextlib.ExitStack) -> dict[str, Configured]:
         """The new exports, ready to be offered; or tried, and to wait."""
@@ -304,10 +343,9 @@ class Service:
         for wanted in plan.wanted.exports:
             configured = self._configured[wanted.name]
             configured.config, configured.disk = wanted, plan.disks[wanted.name]
-            if configured.export is not None:
-                configured.export.describe(wanted.description)
-            if configured.template is not None:
-                configured.template.description = wanted.description
+            for told in (configured.export, configured.template):
+                if told is not None:
+                    told.describe(wanted.description, wanted.tls_required, wanted.access)
         self._use_templates()
         try:
             self.server.change(
@@ -326,6 +364,7 @@ class Service:
         report = plan.report
         self._listen(bound, report)
         if mode is Removal.HARD:
+            self._expel()
             leaving = self.server.leaving  # also those of earlier times
             self.server.disconnect_all(leaving)
             deadline = time.monotonic() + STOP_TIMEOUT
@@ -343,10 +382,23 @@ class Service:
             self.server.accept(listener)
             self._listeners[address] = listener
             report.listening.append(str(listener.address))
-        for address in set(self._listeners) - set(self._config.listen):
+        places = {_address(place): place for place in map(ListenConfig.of, self._config.listen)}
+        for address, place in places.items():
+            listener = self._listeners[address]
+            if listener.wanted != place:
+                report.access.append(str(listener.address))
+            listener.wanted = place
+        for address in set(self._listeners) - set(places):
             listener = self._listeners.pop(address)
             self.server.refuse(listener)
             report.refusing.append(str(listener.address))
+
+    def _expel(self) -> None:
+        """Disconnect the clients whom an export is not for any more."""
+        for export in self.server.exports.values():
+            for client in self.server.clients_of(export):
+                if not export.info.access.admits(client.who):
+                    client.connection.disconnect()
 
     def _report(self, report: Reload) -> None:
         report.leaving = sorted({export.name for export in self.server.leaving})
@@ -408,6 +460,7 @@ class Service:
                 raise ConfigError(f"there is an export {name!r} in the configuration")
             there = {f"@{other}": export.root for other, export in self.server.exports.items()}
             wanted, layer, read_only = one_export(name, values, directory, there)
+            wanted.check_tls(self._config.tls)
             self._say_probed(wanted, read_only)
             return self.server.export(wanted.name, layer, roots=self._config.roots, **self._options(wanted, read_only))
 
@@ -496,6 +549,8 @@ class Service:
             "size": info.size,
             "read_only": info.read_only,
             "description": info.description,
+            "tls_required": info.needs_tls,
+            "access": info.access.as_json(),
             "default": self.server.default == export.name and not export.is_leaving,
             "configured": configured is not None and configured.export is export,
             "template": None if export.made_by is None else getattr(export.made_by, "name", None),
@@ -514,11 +569,13 @@ class _Plan:
         self._disks_before, self._disks = Disks(before), Disks(wanted)
         self.disks = {export.name: self._disks.of(export) for export in wanted.exports}
         self.new: list[ExportConfig] = []
-        self.report = Reload(restart=list(_fixed(before, wanted)))
+        self.report = Reload(restart=list(_fixed(before, wanted)), reread=wanted.tls.sources())
         for export in wanted.exports:
             there = configured.get(export.name)
             if there is not None and there.is_served and self._is_same(there, export):
                 self.report.unchanged.append(export.name)
+                if _whom(there.config) != _whom(export):
+                    self.report.access.append(export.name)
                 continue
             self.new.append(export)
             (self.report.added if there is None else self.report.changed).append(export.name)
@@ -545,12 +602,24 @@ class _Plan:
         return self._disks_before.node(node) == self._disks.node(node)
 
 
+def _whom(wanted: ExportConfig) -> object:
+    """Whom an export is for."""
+    return wanted.tls_required, wanted.access
+
+
+def _address(wanted: str | ListenConfig) -> str:
+    """What an entry of ``listen`` is known by."""
+    return str(ListenConfig.of(wanted).address)
+
+
 def _fixed(before: Config, wanted: Config) -> Iterator[str]:
     """The keys that have changed, and are for the start of a server only."""
     for field in dataclasses.fields(wanted.engine):
         if getattr(before.engine, field.name) != getattr(wanted.engine, field.name):
             yield f"engine.{field.name}"
-    for key in ("tls", "control", "control_mode"):
+    if before.bounds.keepalive != wanted.bounds.keepalive:
+        yield "limits.keepalive"
+    for key in ("control", "control_mode"):
         if getattr(before, key) != getattr(wanted, key):
             yield key
 

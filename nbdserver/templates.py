@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdserver import registry
+from nbdserver.access import Rule
 from nbdserver.config import ExportConfig, TemplateConfig, is_lawful_instance
 from nbdserver.contexts import offered
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
@@ -50,7 +51,8 @@ class Template:
         assert wanted.template is not None
         self.config: TemplateConfig = wanted.template
         self.name = wanted.name
-        self.description, self.tls_required = wanted.description, wanted.tls_required
+        #: What its exports are told, from the next on.
+        self.description, self.tls_required, self.access = wanted.description, wanted.tls_required, wanted.access
         self._allocation_depth = wanted.allocation_depth
         self._server, self._log = server, log
         self._image = os.path.abspath(self.config.image)
@@ -98,6 +100,12 @@ class Template:
         finally:
             files.close(file)
 
+    def describe(self, description: str, tls_required: bool, access: Rule) -> None:
+        """Have clients told another description, and new ones held to other rules."""
+        self.description, self.tls_required, self.access = description, tls_required, access
+        for export in self.instances:
+            export.describe(description, tls_required, access)
+
     # -- offers.Maker ----------------------------------------------------------------------------------------------
 
     def info(self, name: str) -> ExportInfo | None:
@@ -109,6 +117,7 @@ class Template:
             size=self._size,
             description=self.description,
             tls_required=self.tls_required,
+            access=self.access,
             contexts=offered(self._allocation_depth),
         )
 
@@ -152,6 +161,7 @@ class Template:
         options: dict[str, Any] = {
             "description": self.description,
             "tls_required": self.tls_required,
+            "access": self.access,
             "allocation_depth": self._allocation_depth,
         }
         export = self._server.open(name, layer, roots=self._roots, **options)

@@ -185,8 +185,8 @@ class NbdServers:
         if not isinstance(served, Layer):
             image = ExportConfig(name, image=os.path.abspath(served), format=format, read_only=read_only or None)
             served, read_only = image.build()
-        listen = "nbd://127.0.0.1:0" if tcp else str(self.socket())
-        server = self._stack.enter_context(Server(listen=[listen], **options))
+        options.setdefault("listen", ["nbd://127.0.0.1:0" if tcp else str(self.socket())])
+        server = self._stack.enter_context(Server(**options))
         server.export(name, served, read_only=read_only)
         return server, str(uri.parse(server.listening[0]).with_export(name))
 

@@ -70,6 +70,10 @@ class TlsConfig:
         """The pre-shared keys by name. ConfigError."""
         return {} if self.psk is None else read_psk(self.psk)
 
+    def sources(self) -> list[str]:
+        """The directory and the file that TLS is done with; none if it is off."""
+        return [path for path in (self.certificates, self.psk) if path is not None and self.mode is not TlsMode.OFF]
+
     def check(self) -> None:
         """ConfigError: TLS is wanted and there is nothing to do it with, or the other way round."""
         given = self.certificates is not None or self.psk is not None

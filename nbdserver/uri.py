@@ -3,10 +3,12 @@
     nbd://127.0.0.1:10809/disk                  TCP; the port is 10809 if not given
     nbd://[::1]/disk                            the same over IPv6
     nbd+unix:///disk?socket=/run/nbd.sock       a Unix socket; its path may be relative
-    nbds://vm.example/disk?tls-certificates=pki with TLS, and so nbds+unix: where the client's files are
+    nbd+vsock://3:10809/disk                    a virtual machine's or host's context id (vsock)
+    nbds://vm.example/disk?tls-certificates=pki with TLS, and so nbds+unix, nbds+vsock: where the client's files are
 
 Specification: uri.md of the NBD project ("The NBD URI format"), on top of RFC 3986: ASCII only, and whatever has a
-meaning of its own is percent-encoded. A plus sign is a plus sign.
+meaning of its own is percent-encoded. A plus sign is a plus sign. vsock: as libnbd has it (nbd_connect_uri(3)); no
+context id stands for the host, and for a listener for any.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from typing import Final
-from urllib.parse import quote, unquote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from nbdserver.errors import ConfigError
 from nbdserver.limits import SOCKET_PATH_MAX, URI_COUNT_MAX
@@ -36,12 +38,29 @@ _BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}", re.DOTALL)
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*)")
 
 #: The schemes, and whether they mean TLS.
-_SCHEMES: Final = {"nbd": False, "nbd+unix": False, "nbds": True, "nbds+unix": True}
+_SCHEMES: Final = {
+    "nbd": False,
+    "nbd+unix": False,
+    "nbd+vsock": False,
+    "nbds": True,
+    "nbds+unix": True,
+    "nbds+vsock": True,
+}
+
+#: Linux's VMADDR_CID_HOST and VMADDR_CID_ANY.
+CID_HOST: Final = 2
+CID_ANY: Final = (1 << 32) - 1
+#: vsock's ports are 32-bit numbers, of which the last means any.
+VSOCK_PORT_MAX: Final = (1 << 32) - 2
+
+#: The authority of a vsock URI.
+_MACHINE: Final = re.compile(r"([0-9]{1,10})(?::([0-9]{0,10}))?")
 
 
 @dataclass(frozen=True)
 class NbdUri:
-    """A server's address, TCP (``host`` and ``port``) or Unix (``socket``), and an export's name.
+    """A server's address, TCP (``host`` and ``port``), Unix (``socket``) or vsock (``cid`` and ``port``), and an
+    export's name.
 
     ``host`` has no brackets. ``str()`` gives the URI.
     """
@@ -53,6 +72,7 @@ class NbdUri:
     #: With TLS, and the directory of the client's certificates.
     tls: bool = False
     certificates: str | None = None
+    cid: int | None = None
 
     def with_export(self, name: str) -> NbdUri:
         """The same server, another export."""
@@ -63,6 +83,8 @@ class NbdUri:
         scheme = "nbds" if self.tls else "nbd"
         if self.socket is not None:
             return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(self.socket), safe='/:@')}"
+        if self.cid is not None:
+            return f"{scheme}+vsock://{self.cid}:{self.port}" + (f"/{name}" if name else "")
         host = "[" + self.host.replace("%", "%25") + "]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{self.port}" + (f"/{name}" if name else "")
 
@@ -81,6 +103,8 @@ def parse_listen(text: str) -> NbdUri:
     address = parse(text)
     if address.export:
         raise ConfigError(f"{text!r} names the export {address.export!r}: a listen address serves every export")
+    if address.cid is not None and not urlsplit(text).netloc:
+        address = replace(address, cid=CID_ANY)
     if address.tls:
         raise ConfigError(f"{text!r} asks for TLS, which is begun on any address: say nbd, and [tls] mode (or --tls)")
     length = len(os.fsencode(address.socket or ""))
@@ -110,6 +134,9 @@ def _parse(text: str) -> NbdUri:
         if authority:
             raise ValueError(f"it names a host, {authority}, and a socket; write nbd+unix:///?socket=PATH")
         return NbdUri(socket=socket, export=export, tls=tls, certificates=certificates)
+    if scheme.endswith("+vsock"):
+        cid, port = _machine_and_port(authority or "")
+        return NbdUri(cid=cid, port=port, export=export, tls=tls, certificates=certificates)
     host, port = _host_and_port(authority)
     return NbdUri(host=host, port=port, export=export, tls=tls, certificates=certificates)
 
@@ -131,7 +158,7 @@ def _wrong_scheme(text: str, scheme: str) -> str:
         return f"for a Unix socket write nbd+unix:///?socket={text}"
     if not text.partition("://")[1]:
         return f"for TCP write nbd://{text}"
-    return f"its scheme is {scheme!r}, allowed are nbd, nbd+unix, nbds and nbds+unix"
+    return f"its scheme is {scheme!r}, allowed are {', '.join(_SCHEMES)}"
 
 
 def _export(path: str) -> str:
@@ -151,7 +178,7 @@ def _socket(parameters: dict[str, str], scheme: str) -> str | None:
     socket = parameters.pop("socket", None)
     for name in parameters:
         raise ValueError(f"its parameter {name!r} is unknown; there are socket (nbd+unix) and tls-certificates (nbds)")
-    if scheme in ("nbd", "nbds"):
+    if not scheme.endswith("+unix"):
         if socket is not None:
             raise ValueError("a socket goes with the scheme nbd+unix")
         return None
@@ -191,6 +218,18 @@ def _host_and_port(authority: str) -> tuple[str, int]:
         if not _HOST_NAME.fullmatch(host):
             raise ValueError(f"{host!r} is not a host name")
     return host, _port(digits) if digits else PORT_DEFAULT
+
+
+def _machine_and_port(authority: str) -> tuple[int, int]:
+    if not authority:
+        return CID_HOST, PORT_DEFAULT
+    match = _MACHINE.fullmatch(authority)
+    if match is None:
+        raise ValueError(f"{authority!r} is not CID:PORT, both of them numbers")
+    cid, port = int(match[1]), int(match[2] or PORT_DEFAULT)
+    if cid > CID_ANY or port > VSOCK_PORT_MAX:
+        raise ValueError(f"{authority!r} is not CID:PORT: allowed are up to {CID_ANY} and {VSOCK_PORT_MAX}")
+    return cid, port
 
 
 def _port(digits: str) -> int:

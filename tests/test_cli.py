@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nbdserver import client
+from nbdserver.bounds import DEFAULTS
 from nbdserver.cli import main
 from nbdserver.errors import ConfigError, ProtocolError
 from nbdserver.files import FileOpener, Files
@@ -29,8 +30,9 @@ from nbdserver.graph import Graph
 from nbdserver.handshake import REPLY_MAGIC, Begin, End, ExportInfo, Handshake
 from nbdserver.layer import Layer
 from nbdserver.limits import MIB
+from nbdserver.listening import ListenConfig, Listener
 from nbdserver.tls import NO_TLS
-from nbdserver.uri import NbdUri
+from nbdserver.uri import NbdUri, parse
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +60,7 @@ class Notes:
         self.settings = settings
         self.exports: dict[str, dict[str, Any]] = {}
         self.calls: list[str] = []
-        self.listening: list[str] = []
-        self.listeners = list(settings["listen"])
+        self.listeners: list[Listener] = []
         self.graph = Graph()
         self.over = threading.Event()
 
@@ -73,7 +74,9 @@ class Notes:
 
     def start(self) -> None:
         self.calls.append("start")
-        self.listening = [address.replace(":0", ":4711") for address in self.listeners]
+        places = [ListenConfig.of(place) for place in self.settings["listen"]]
+        real = [parse(str(place.address).replace(":0", ":4711")) for place in places]
+        self.listeners = [Listener(place, address, []) for place, address in zip(places, real, strict=True)]
 
     def wait(self) -> None:
         self.on_ready()
@@ -168,6 +171,8 @@ def test_serve_a_configuration(arguments: tuple[str, ...]) -> None:
         "roots": ("images",),
         "record": None,
         "tls": NO_TLS,
+        "ready": [],
+        "bounds": DEFAULTS,
     }
     assert Notes.made.exports["disk"]["description"] == "a disk"
     assert not Notes.made.exports["memory"]["read_only"]

@@ -15,13 +15,18 @@ from layers.detect_zeroes import DetectZeroes
 from layers.file import File
 from layers.qcow2 import Qcow2
 from nbdserver import config
+from nbdserver.access import Rule
+from nbdserver.bounds import Bounds
 from nbdserver.config import DETECT_ZEROES, Config, EngineConfig, ExportConfig
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.extent import AIOS, CACHES
+from nbdserver.handshake import TlsMode
 from nbdserver.layer import Layer
 from nbdserver.limits import GIB, MIB
+from nbdserver.listening import ListenConfig
+from nbdserver.uri import NbdUri
 
-TOP_KEYS = "listen, roots, tls, control, control_mode, engine, nodes, exports"
+TOP_KEYS = "listen, roots, tls, limits, control, control_mode, engine, nodes, exports"
 EXPORT = '[exports.vm]\nimage = "vm.img"\n'
 FILE_LAYER = '{type = "file", path = "disk.img"}'
 
@@ -260,7 +265,7 @@ def test_enormous_integer(load: Load) -> None:
 
 
 ALLOWED_EXPORT = (
-    "Allowed are: image, format, layers, read_only, description, default, tls, template, "
+    "Allowed are: image, format, layers, read_only, description, default, tls, access, template, "
     "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth, snapshot"
 )
 
@@ -280,8 +285,14 @@ ALLOWED_EXPORT = (
             f"zzz: unknown key; Allowed are: {TOP_KEYS}",
         ),
         # listen
-        (f'listen = "nbd://h"\n{EXPORT}', 'listen: found "nbd://h", allowed is a list of strings'),
-        (f"listen = [10809]\n{EXPORT}", "listen: found 10809 in the list, allowed is a list of strings"),
+        (
+            f'listen = "nbd://h"\n{EXPORT}',
+            'listen: found "nbd://h", allowed is a list of strings, or of tables such as {uri = ...}',
+        ),
+        (
+            f"listen = [10809]\n{EXPORT}",
+            "listen: found 10809 in the list, allowed is a list of strings, or of tables such as {uri = ...}",
+        ),
         (f"listen = []\n{EXPORT}", "listen: found an empty list; leave the key out for the default"),
         (
             f'listen = ["nbds://h"]\n{EXPORT}',
@@ -634,3 +645,113 @@ def test_the_words_are_those_of_the_layers() -> None:
     assert typing.get_args(file["cache"]) == CACHES
     assert typing.get_args(file["aio"]) == AIOS
     assert typing.get_args(zeroes["detect_zeroes"]) == DETECT_ZEROES
+
+
+# -- ways in, rules, limits ----------------------------------------------------------------------------------------
+
+
+def test_listeners_with_rules(load: Load, tmp_path: Path) -> None:
+    wanted = load(f"""
+        [tls]
+        psk = "keys.psk"
+        [[listen]]
+        uri = "nbd+unix:///?socket=nbd.sock"
+        mode = 0o660
+        owner = "root"
+        group = 36
+        tls = "off"
+        access = {{ users = ["root", 1000], groups = [36] }}
+        [[listen]]
+        uri = "nbd://[::]"
+        access = {{ addresses = ["10.0.0.0/8", "fd00::/8"], deny = ["10.0.0.13"], identities = ["alice"] }}
+        {EXPORT}
+        """)
+    socket, tcp = wanted.listen
+    assert socket == ListenConfig(
+        NbdUri(socket="nbd.sock"), 0o660, 0, 36, TlsMode.OFF, Rule(users=(0, 1000), groups=(36,))
+    )
+    assert isinstance(tcp, ListenConfig)
+    assert (tcp.address, tcp.mode, tcp.tls) == (NbdUri("::"), None, None)
+    assert tcp.access.as_json() == {
+        "addresses": ["10.0.0.0/8", "fd00::/8"],
+        "deny": ["10.0.0.13/32"],
+        "identities": ["alice"],
+    }
+
+
+def test_an_address_and_a_table_may_stand_side_by_side(load: Load) -> None:
+    plain, table = load(f'listen = ["nbd://h", {{uri = "nbd+vsock:///"}}]\n{EXPORT}').listen
+    assert (plain, table) == ("nbd://h:10809", ListenConfig(NbdUri(cid=(1 << 32) - 1)))
+
+
+def test_whom_an_export_is_for(load: Load) -> None:
+    [export] = load(f'[tls]\npsk = "keys"\n{EXPORT}access = {{users = [7], subjects = ["CN=*"]}}').exports
+    assert export.access == Rule(users=(7,), subjects=("CN=*",))
+    assert export.needs_tls
+
+
+def test_limits(load: Load) -> None:
+    assert load(EXPORT).bounds == Bounds()
+    wanted = load(f"""
+        [limits]
+        connections = 100
+        connections_per_peer = 10
+        requests_per_connection = 16
+        memory_per_connection = "8M"
+        reply_memory = "16M"
+        handshake_timeout = 2.5
+        idle_timeout = 600
+        keepalive = 60
+        {EXPORT}""")
+    assert wanted.bounds == Bounds(100, 10, 16, 8 * MIB, 16 * MIB, 2.5, 600.0, 60)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("[[listen]]\nmode = 0o600\n", "[listen[0]]: uri: missing: where to listen, as an NBD URI"),
+        ('[[listen]]\nuri = "nbd://h"\nmode = 0o600\n', "[listen[0]]: mode: is for a Unix socket"),
+        ('[[listen]]\nuri = "nbd://h/x"\n', "[listen[0]]: uri: 'nbd://h/x' names the export 'x'"),
+        (
+            '[[listen]]\nuri = "nbd+unix:///?socket=s"\nmode = 660\n',
+            "[listen[0]]: mode: found 660, allowed is an integer from 0 to 511",
+        ),
+        (
+            '[[listen]]\nuri = "nbd+unix:///?socket=s"\nowner = "nobody-of-this-name"\n',
+            '[listen[0]]: owner: found "nobody-of-this-name", allowed is a user that this machine knows, or its id',
+        ),
+        ('[[listen]]\nuri = "nbd://h"\ntls = "required"\n', '[listen[0]]: tls: found "required", but the server does'),
+        (
+            '[[listen]]\nuri = "nbd://h"\naccess = {subjects = ["*"]}\n',
+            "[listen[0]]: access: has subjects or identities, but the server does not use TLS",
+        ),
+        (
+            '[[listen]]\nuri = "nbd://h"\naccess = {adresses = ["::1"]}\n',
+            "[listen[0].access]: adresses: unknown key; did you mean addresses?",
+        ),
+        (
+            '[[listen]]\nuri = "nbd://h"\naccess = {addresses = ["10.0.0.1/8"]}\n',
+            '[listen[0].access]: addresses: found "10.0.0.1/8", allowed is an IP address or network',
+        ),
+        (
+            '[[listen]]\nuri = "nbd://h"\naccess = {users = []}\n',
+            "[listen[0].access]: users: found an empty list, which nobody is in",
+        ),
+        ('listen = [{uri = "nbd://h", key = 1}]\n', "[listen[0]]: key: unknown key"),
+        ("[limits]\nconnections = 0\n", "[limits]: connections: found 0, allowed is an integer from 1 to 1048576"),
+        (
+            "[limits]\nidle_timeout = 0\n",
+            "[limits]: idle_timeout: found 0, allowed is a number of seconds, more than 0",
+        ),
+        ("[limits]\nidle_timeout = nan\n", "[limits]: idle_timeout: found NaN, allowed is a number of seconds"),
+        ('[limits]\nreply_memory = "1K"\n', '[limits]: reply_memory: found "1K", allowed is a size from 1M to 1T'),
+        ("[limits]\nidle = 5\n", "[limits]: idle: unknown key"),
+    ],
+)
+def test_ways_and_limits_refused(load: Load, text: str, cause: str) -> None:
+    assert message(load, text + EXPORT).startswith(cause)
+
+
+def test_an_export_for_subjects_needs_tls(load: Load) -> None:
+    cause = "[exports.vm]: access: has subjects or identities, but the server does not use TLS: see [tls]"
+    assert message(load, f'{EXPORT}access = {{subjects = ["*"]}}') == cause

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from nbdserver.access import Peer, Rule
 from nbdserver.errors import ConfigError
 from nbdserver.handshake import ExportInfo, Unavailable
 from nbdserver.offers import Client, Maker, Offers
@@ -27,6 +28,7 @@ class Disk:
 
 class Connection:
     peer = "somewhere"
+    process = (5, 1000, [1000])
 
     def counters(self) -> dict[str, int]:
         return {"requests": 3}
@@ -132,4 +134,17 @@ def test_what_a_client_is(offers: Offers[Disk]) -> None:
     there = client(7)
     assert there.describe()["export"] is None
     offers.enter(there, "a")
-    assert there.describe() == {"id": 7, "address": "somewhere", "since": 0.0, "export": "a", "requests": 3}
+    there.who = Peer(uid=1000, subject="CN=alice")
+    assert there.describe() == {
+        **{"id": 7, "address": "unix", "pid": 5, "uid": 1000, "subject": "CN=alice", "identity": None},
+        **{"since": 0.0, "export": "a", "requests": 3},
+    }
+
+
+def test_who_an_export_is_not_for_does_not_get_it(offers: Offers[Disk]) -> None:
+    offers.exports["a"].info = ExportInfo(name="a", size=0, access=Rule(users=(1000,)))
+    with pytest.raises(Unavailable, match="closed to you"):
+        offers.enter(client(), "a")
+    mine = client()
+    mine.who = Peer(uid=1000)
+    assert offers.enter(mine, "a") is offers.exports["a"]

@@ -34,6 +34,10 @@ from nbdserver.uri import NbdUri, parse, parse_listen
         ("nbd+unix:///disk?socket=run/a%20b", NbdUri(socket="run/a b", export="disk")),
         ("nbd+unix:///?socket=/run/a+b=c", NbdUri(socket="/run/a+b=c")),
         ("nbd+unix:///?socket=/run/%FF", NbdUri(socket="/run/\udcff")),
+        ("nbd+vsock://3:1234/disk", NbdUri(cid=3, port=1234, export="disk")),
+        ("nbd+vsock://1", NbdUri(cid=1)),
+        ("nbd+vsock:///disk", NbdUri(cid=2, export="disk")),
+        ("nbds+vsock://3", NbdUri(cid=3, tls=True)),
     ],
 )
 def test_parse(text: str, meant: NbdUri) -> None:
@@ -51,6 +55,8 @@ def test_parse(text: str, meant: NbdUri) -> None:
         (NbdUri("h", 1, export="déjà"), "nbd://h:1/d%C3%A9j%C3%A0"),
         (NbdUri(socket="/run/nbd.sock"), "nbd+unix:///?socket=/run/nbd.sock"),
         (NbdUri(socket="a&b+c \udcff"), "nbd+unix:///?socket=a%26b%2Bc%20%FF"),
+        (NbdUri(cid=3, port=1), "nbd+vsock://3:1"),
+        (NbdUri(cid=3, export="disk", tls=True), "nbds+vsock://3:10809/disk"),
         (NbdUri(socket="s", export="x?socket=y"), "nbd+unix:///x%3Fsocket%3Dy?socket=s"),
     ],
 )
@@ -93,7 +99,10 @@ def test_any_text_is_a_uri_or_a_config_error(text: str) -> None:
             "its parameter 'tls-psk-file' is unknown; there are socket (nbd+unix) and tls-certificates (nbds)",
         ),
         ("nbds://user@example.com", "it names a user: pre-shared keys are not supported here"),
-        ("http://example.com", "its scheme is 'http', allowed are nbd, nbd+unix, nbds and nbds+unix"),
+        (
+            "http://example.com",
+            "its scheme is 'http', allowed are nbd, nbd+unix, nbd+vsock, nbds, nbds+unix, nbds+vsock",
+        ),
         ("127.0.0.1:10809", "for TCP write nbd://127.0.0.1:10809"),
         ("localhost:10809", "for TCP write nbd://localhost:10809"),
         ("", "for TCP write nbd://"),
@@ -142,6 +151,17 @@ def test_overlong_uri_is_refused_and_not_repeated() -> None:
 
 def test_listening_takes_a_uri_without_export() -> None:
     assert parse_listen("nbd://[::1]:0") == NbdUri("::1", 0)
+
+
+def test_listening_with_no_context_id_is_for_any_machine() -> None:
+    assert parse_listen("nbd+vsock:///") == NbdUri(cid=(1 << 32) - 1)
+    assert parse_listen("nbd+vsock://2") == NbdUri(cid=2)
+
+
+@pytest.mark.parametrize("authority", ["host", "1:x", "-1", "[::1]", "4294967296", "1:4294967295", "1:2:3"])
+def test_a_machine_is_a_number(authority: str) -> None:
+    with pytest.raises(ConfigError, match="is not CID:PORT"):
+        parse(f"nbd+vsock://{authority}/")
 
 
 def test_listening_refuses_an_export() -> None:

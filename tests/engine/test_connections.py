@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver.limits import PEER_PART
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import SOON
 from tests.interop.wire import READ, Wire
@@ -14,11 +15,13 @@ from tests.interop.wire import READ, Wire
 DESCRIPTORS = 300
 
 
-def test_clients_get_half_of_the_descriptors_and_no_more(nbd_server: NbdServers, tmp_path: Path) -> None:
+def test_a_client_gets_three_quarters_of_half_of_the_descriptors_and_no_more(
+    nbd_server: NbdServers, tmp_path: Path
+) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * 4096)
     server = nbd_server.process("--format", "raw", path, command=["prlimit", f"--nofile={DESCRIPTORS}"])
-    clients = [Wire(server.uri()) for _ in range(DESCRIPTORS // 2)]
+    clients = [Wire(server.uri()) for _ in range(int(DESCRIPTORS / 2 * PEER_PART))]
     for client in clients:
         client.go()
     with pytest.raises((EOFError, ConnectionError)):

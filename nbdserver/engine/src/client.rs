@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::export::count;
+use crate::peer::Peer;
 use crate::wire::{Header, command};
 use crate::worker::{Inbox, Message};
 
@@ -16,17 +17,19 @@ pub struct Counters {
 }
 
 pub struct Client {
-    /// Its address, in words.
-    pub peer: String,
+    pub peer: Peer,
+    /// The number of the listener that it came by; None: it was handed over connected.
+    pub listener: Option<u32>,
     pub counters: Counters,
     inbox: Arc<Inbox>,
     token: u64,
 }
 
 impl Client {
-    pub fn new(peer: String, inbox: Arc<Inbox>, token: u64) -> Arc<Client> {
+    pub fn new(peer: Peer, listener: Option<u32>, inbox: Arc<Inbox>, token: u64) -> Arc<Client> {
         Arc::new(Client {
             peer,
+            listener,
             counters: Counters::default(),
             inbox,
             token,

@@ -5,13 +5,14 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use openssl::ssl::SslContext;
 use rustix::io::Errno;
 
 use crate::client::Client;
 use crate::export::Export;
+use crate::limits::Held;
 use crate::parts::Split;
 use crate::pool::{Pool, Slot, Ticket};
 use crate::request::{Body, Failure, Reply, Session};
@@ -25,13 +26,13 @@ const SLICES_MAX: usize = 256;
 /// Room for the largest reply of fixed size: a hole with an extended header.
 const HEAD_MAX: usize = 44;
 
-/// Something to send. `End` marks the end of a reply that held `weight` bytes.
+/// Something to send. `End` marks the end of a reply that held `weight` bytes, and may hold ordinary memory.
 enum Item {
     Head { bytes: [u8; HEAD_MAX], length: u8 },
     Bytes(Vec<u8>),
     Slot(Arc<Slot>, Range<usize>),
     Spilled(Spilled),
-    End { weight: usize },
+    End { weight: usize, _held: Option<Held> },
 }
 
 impl Item {
@@ -145,10 +146,13 @@ impl Outgoing {
     }
 
     /// Queue a reply.
-    pub fn reply(&mut self, reply: Reply, scratch: &mut Vec<u8>) {
-        let weight = reply.weight;
+    pub fn reply(&mut self, mut reply: Reply, scratch: &mut Vec<u8>) {
+        let (weight, held) = (reply.weight, reply.held.take());
         self.message(reply, scratch);
-        self.push(Item::End { weight });
+        self.push(Item::End {
+            weight,
+            _held: held,
+        });
     }
 
     /// Queue a reply that nobody is told of when it has left.
@@ -284,7 +288,7 @@ impl Outgoing {
                 return;
             }
             self.sent -= length;
-            if let Some(Item::End { weight }) = self.items.pop_front() {
+            if let Some(Item::End { weight, .. }) = self.items.pop_front() {
                 ended(weight);
             }
         }
@@ -319,10 +323,15 @@ pub struct Connection {
     pub transport: Transport,
     pub token: u64,
     pub client: Arc<Client>,
-    pub _announced: Announced,
+    pub announced: Announced,
     pub phase: Phase,
     /// When the handshake must be over.
     pub deadline: Instant,
+    /// When something was last received, sent, or to be sent.
+    pub active: Instant,
+    /// How much more is begun before others have their turn; and whether parsing waits for the next turn.
+    pub left: u32,
+    pub waits_turn: bool,
     /// Received and not parsed.
     pub input: Vec<u8>,
     /// Bytes of input to throw away before anything is parsed.
@@ -334,7 +343,7 @@ pub struct Connection {
     pub ticket: Option<(Header, Ticket)>,
     /// A request that waits for a drained section to end.
     pub parked: Option<(Header, Vector, Option<Vec<u32>>)>,
-    /// Parsing waits for memory, for a drained section to end, or for replies to leave.
+    /// Parsing waits for memory, for a drained section to end, for replies to leave, or for the next turn.
     pub stalled: bool,
     /// Nothing more will be read: the client said so, has gone, or the server is stopping.
     pub deaf: bool,
@@ -394,6 +403,12 @@ impl Connection {
             self.requests -= 1;
             self.weight -= payload.vector.len();
         }
+    }
+
+    /// Whether the client, which is waited for, has done nothing for so long.
+    pub fn is_idle(&self, now: Instant, limit: Duration) -> bool {
+        let is_waiting = self.requests == 0 || !self.outgoing.is_empty() || self.payload.is_some();
+        is_waiting && now.saturating_duration_since(self.active) >= limit
     }
 
     /// Whether the client has neither taken in nor sent anything since this was last asked, while memory of the

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,12 +18,14 @@ use crate::extents::FileId;
 use crate::fault::Faults;
 use crate::file::{File, Means};
 use crate::handshake::Handshakes;
+use crate::limits::{Holding, Limits};
 use crate::meter::Meter;
+use crate::peer::{Crowd, Peer};
 use crate::pool::Pool;
 use crate::record::Recorder;
 use crate::register::register_pool;
 use crate::ring::{Operations, Ring, SyncRings};
-use crate::server::Acceptor;
+use crate::server::{self, Acceptor};
 use crate::threads::Threads;
 use crate::transform::Transform;
 use crate::users::Users;
@@ -47,7 +49,7 @@ pub struct Settings {
     pub pool: usize,
     pub backend: Backend,
     pub fault_threads: usize,
-    pub handshake_timeout: Duration,
+    pub limits: Limits,
     pub record: Option<String>,
 }
 
@@ -129,7 +131,12 @@ pub struct Engine {
     pub handshakes: Handshakes,
     pub inboxes: Vec<Arc<Inbox>>,
     pub threads: Threads,
-    pub handshake_timeout: Duration,
+    pub limits: Mutex<Limits>,
+    pub crowd: Arc<Crowd>,
+    /// Clients that were one too many.
+    pub turned_away: AtomicU64,
+    /// Ordinary memory of requests and replies.
+    pub holding: Holding,
     /// Why there is no io_uring, if there is none.
     pub refused: Option<String>,
     /// Why not all of the pool is registered, if it is not though there is io_uring.
@@ -198,7 +205,10 @@ impl Engine {
             handshakes: Handshakes::default(),
             inboxes,
             threads,
-            handshake_timeout: settings.handshake_timeout,
+            limits: Mutex::new(settings.limits),
+            crowd: Arc::default(),
+            turned_away: AtomicU64::new(0),
+            holding: Holding::default(),
             refused,
             unregistered: registered.refused,
             ops,
@@ -237,6 +247,20 @@ impl Engine {
     pub fn listen(&self, listener: OwnedFd) -> Option<u32> {
         let acceptor = self.acceptor.lock().unwrap();
         acceptor.as_ref().map(|acceptor| acceptor.add(listener))
+    }
+
+    /// Serve who is at the other end of a connected socket. False: the engine is not running.
+    pub fn connected(&self, socket: OwnedFd) -> bool {
+        let peer = Peer::of(&socket);
+        let admitted = self.crowd.admit(&peer, usize::MAX, usize::MAX);
+        admitted.is_ok_and(|admitted| server::hand_over(self, socket, peer, None, admitted))
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap() = limits;
+        for inbox in &self.inboxes {
+            inbox.send(Message::Limits(limits));
+        }
     }
 
     /// Close the listener of that number.

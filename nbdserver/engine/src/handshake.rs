@@ -7,6 +7,7 @@ use openssl::ssl::SslContext;
 
 use crate::client::Client;
 use crate::export::Export;
+use crate::peer::Admitted;
 use crate::tls::Peer;
 use crate::wire::Style;
 use crate::worker::{Inbox, Message};
@@ -28,7 +29,12 @@ pub enum Said {
     Secured(Peer),
     /// TLS could not begin, for this reason; the connection has ended.
     Insecure(String),
-    Closed,
+    /// The connection counts as one until this has been heard.
+    Closed {
+        _admitted: Arc<Admitted>,
+    },
+    /// A client was one too many, and has been hung up on.
+    Full(String),
 }
 
 pub struct Event {
@@ -39,6 +45,8 @@ pub struct Event {
 
 /// What Python decided. `data` is sent as it is.
 pub enum Action {
+    /// The client is welcome.
+    Greet,
     /// Go on with the next option.
     Next { data: Vec<u8> },
     /// TLS begins, once `data` has been sent.

@@ -13,8 +13,10 @@ mod file;
 #[cfg(test)]
 mod fuzz;
 mod handshake;
+mod limits;
 mod meter;
 mod parts;
+mod peer;
 mod points;
 mod pool;
 #[cfg(test)]
@@ -54,6 +56,8 @@ use crate::engine::{Backend, Mode, Settings};
 use crate::extents::{Piece, Target, Through};
 use crate::fault::Step;
 use crate::handshake::{Action, Said};
+use crate::limits::Limits;
+use crate::peer::Peer;
 use crate::request::Failure;
 use crate::vector::Vector;
 use crate::wire::Style;
@@ -774,8 +778,41 @@ struct Client {
 #[pymethods]
 impl Client {
     #[getter]
-    fn peer(&self) -> &str {
-        &self.client.peer
+    fn peer(&self) -> String {
+        self.client.peer.to_string()
+    }
+
+    /// The listener that it came by.
+    #[getter]
+    fn listener(&self) -> Option<u32> {
+        self.client.listener
+    }
+
+    /// Its address, where it came by TCP.
+    #[getter]
+    fn address(&self) -> Option<String> {
+        match &self.client.peer {
+            Peer::Address(address) => Some(address.ip().to_string()),
+            _ => None,
+        }
+    }
+
+    /// Its context id, where it came by vsock.
+    #[getter]
+    fn machine(&self) -> Option<u32> {
+        match &self.client.peer {
+            Peer::Machine { cid, .. } => Some(*cid),
+            _ => None,
+        }
+    }
+
+    /// Its process, user and groups, where it came by a Unix socket.
+    #[getter]
+    fn process(&self) -> Option<(i32, u32, Vec<u32>)> {
+        match &self.client.peer {
+            Peer::Process { pid, uid, groups } => Some((*pid, *uid, groups.clone())),
+            _ => None,
+        }
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -816,7 +853,8 @@ impl Event {
             Said::Oversized { .. } => "oversized",
             Said::Secured(_) => "secured",
             Said::Insecure(_) => "insecure",
-            Said::Closed => "closed",
+            Said::Full(_) => "full",
+            Said::Closed { .. } => "closed",
         }
     }
 
@@ -872,13 +910,17 @@ impl Event {
         }
     }
 
-    /// Why TLS could not begin.
+    /// Why TLS could not begin, or what a client was refused for that was one too many.
     #[getter]
     fn reason(&self) -> Option<&str> {
         match &self.event.said {
-            Said::Insecure(why) => Some(why),
+            Said::Insecure(why) | Said::Full(why) => Some(why),
             _ => None,
         }
+    }
+
+    fn greet(&self) {
+        self.event.act(Action::Greet);
     }
 
     fn start_tls(&self, data: &[u8], context: &Bound<'_, TlsContext>) {
@@ -933,6 +975,25 @@ impl Event {
 
 // -- the engine --------------------------------------------------------------------------------------------------
 
+/// `Limits` by their names, times in seconds; no idle_timeout: there is none.
+fn limits_of(given: &Bound<'_, PyDict>) -> PyResult<Limits> {
+    fn take<'py, T: FromPyObjectOwned<'py>>(given: &Bound<'py, PyDict>, key: &str) -> PyResult<T> {
+        let value = given.get_item(key)?;
+        let value = value.ok_or_else(|| PyValueError::new_err(format!("no {key}")))?;
+        value.extract().map_err(Into::into)
+    }
+    let idle: Option<f64> = take(given, "idle_timeout")?;
+    Ok(Limits {
+        connections: take(given, "connections")?,
+        peer_connections: take(given, "connections_per_peer")?,
+        requests: take(given, "requests_per_connection")?,
+        memory: take(given, "memory_per_connection")?,
+        replies: take(given, "reply_memory")?,
+        handshake: seconds(take(given, "handshake_timeout")?)?,
+        idle: idle.map(seconds).transpose()?,
+    })
+}
+
 #[pyclass(frozen, weakref, module = "nbdserver._engine")]
 struct Engine {
     engine: Arc<engine::Engine>,
@@ -941,13 +1002,13 @@ struct Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (*, workers, pool, backend, fault_threads, handshake_timeout, record=None))]
+    #[pyo3(signature = (*, workers, pool, backend, fault_threads, limits, record=None))]
     fn new(
         workers: usize,
         pool: usize,
         backend: &str,
         fault_threads: usize,
-        handshake_timeout: f64,
+        limits: &Bound<'_, PyDict>,
         record: Option<String>,
     ) -> PyResult<Engine> {
         let backend = match backend {
@@ -961,13 +1022,13 @@ impl Engine {
                 "workers and fault_threads must be at least 1",
             ));
         }
-        let handshake_timeout = seconds(handshake_timeout)?;
+        let limits = limits_of(limits)?;
         let settings = Settings {
             workers,
             pool,
             backend,
             fault_threads,
-            handshake_timeout,
+            limits,
             record,
         };
         let engine = engine::Engine::new(&settings).map_err(|error| PyOSError::new_err(error.0))?;
@@ -1126,6 +1187,30 @@ impl Engine {
     fn listen(&self, listener: RawFd) -> PyResult<u32> {
         let number = self.engine.listen(owned(listener));
         number.ok_or_else(|| PyRuntimeError::new_err("the engine is not running"))
+    }
+
+    fn connected(&self, socket: RawFd) -> PyResult<()> {
+        if self.engine.connected(owned(socket)) {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err("the engine is not running"))
+    }
+
+    fn set_limits(&self, limits: &Bound<'_, PyDict>) -> PyResult<()> {
+        self.engine.set_limits(limits_of(limits)?);
+        Ok(())
+    }
+
+    /// Ordinary memory that requests and replies hold.
+    #[getter]
+    fn reply_memory(&self) -> usize {
+        self.engine.holding.bytes()
+    }
+
+    /// Connections that were one too many.
+    #[getter]
+    fn turned_away(&self) -> u64 {
+        self.engine.turned_away.load(Relaxed)
     }
 
     fn unlisten(&self, py: Python<'_>, number: u32) {

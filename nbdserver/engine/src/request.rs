@@ -5,7 +5,9 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::export::{Export, Running};
+use crate::limits::Held;
 use crate::parts::Part;
+use crate::peer::Admitted;
 use crate::vector::Vector;
 use crate::wire::{self, Header, Style, command, flag};
 use crate::worker::{Inbox, Message};
@@ -15,6 +17,8 @@ pub struct Session {
     pub inbox: Arc<Inbox>,
     /// The connection's number within its worker; never used again.
     pub connection: u64,
+    /// It counts as a connection until its last request has ended.
+    pub _admitted: Arc<Admitted>,
     pub style: Style,
     /// The longest READ or WRITE, and what offsets and lengths must be multiples of.
     pub payload_max: u32,
@@ -36,6 +40,8 @@ pub struct Request {
     pub part: Option<Part>,
     /// Meters charged so far, of those on its way.
     pub charged: u32,
+    /// The ordinary memory that it and its reply take, if it has no payload.
+    pub held: Option<Held>,
     /// Drained sections wait for it to be dropped.
     pub _running: Running,
 }
@@ -89,7 +95,22 @@ pub struct Reply {
     pub part: Option<Part>,
     /// Bytes of memory the request held.
     pub weight: usize,
+    pub held: Option<Held>,
     pub result: Result<Body, Failure>,
+}
+
+/// Block status descriptors in one reply, for each context: `limits.py` has the same.
+const STATUS_COUNT_MAX: usize = 8192;
+/// Bytes of a descriptor with extended headers.
+const DESCRIPTOR: usize = 16;
+
+/// The longest answer to a request for block status, bytes; 0 for any other. `named`: the contexts it asks for.
+pub fn status_length(header: &Header, session: &Session, named: Option<&[u32]>) -> usize {
+    if header.command != command::BLOCK_STATUS {
+        return 0;
+    }
+    let contexts = named.map_or(session.contexts.len(), <[u32]>::len);
+    contexts * STATUS_COUNT_MAX * DESCRIPTOR
 }
 
 impl Request {
@@ -114,7 +135,9 @@ impl Request {
             style: self.session.style,
             whole: self.header.flags & flag::DF != 0,
             part: self.part,
-            weight: self.vector.len(),
+            weight: self.vector.len()
+                + status_length(&self.header, &self.session, self.named.as_deref()),
+            held: self.held,
             result: result.map_err(|failure| failure.of(&self.header)),
         }
     }

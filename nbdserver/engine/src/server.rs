@@ -1,23 +1,25 @@
 //! Accepting: one thread for all listeners, which come and go; connections go to the worker that has the fewest.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with, sockopt};
-use rustix::process::{Resource, getrlimit};
+use rustix::net::{SocketFlags, accept_with, sockopt};
 
 use crate::engine::Engine;
+use crate::handshake::{Event, Said};
+use crate::peer::{Admitted, Full, Peer};
 use crate::worker::{Adopted, Message};
 
 /// How long to wait when the process is out of descriptors: the pending connection stays in the backlog.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
-/// Connections at once, where the limit on descriptors allows as many: each may hold some MiB of requests and replies.
-const CONNECTIONS_MAX: usize = 4096;
+/// How often Python is told, at the most, that clients are turned away.
+const SAID_PAUSE: Duration = Duration::from_secs(1);
 /// The default send buffer stalls large replies.
 const SEND_BUFFER: usize = 2 << 20;
 
@@ -89,7 +91,7 @@ impl Acceptor {
 }
 
 fn accept_all(engine: &Engine, orders: &Receiver<Order>, ordered: &OwnedFd) {
-    let connections_max = connections_max();
+    let mut said = None;
     let mut listeners: Vec<(u32, OwnedFd)> = Vec::new();
     loop {
         let mut fds: Vec<PollFd<'_>> = listeners
@@ -101,9 +103,9 @@ fn accept_all(engine: &Engine, orders: &Receiver<Order>, ordered: &OwnedFd) {
             Err(Errno::INTR) => continue,
             result => result.expect("poll on descriptors that are open"),
         };
-        for ((_, listener), polled) in listeners.iter().zip(&fds) {
+        for ((number, listener), polled) in listeners.iter().zip(&fds) {
             if !polled.revents().is_empty() {
-                accept_one(engine, listener, connections_max);
+                accept_one(engine, *number, listener, &mut said);
             }
         }
         // The counter only wakes: that it was read already is no error.
@@ -118,30 +120,22 @@ fn accept_all(engine: &Engine, orders: &Receiver<Order>, ordered: &OwnedFd) {
     }
 }
 
-/// How many connections may be open: half of the descriptors, as images need some too.
-fn connections_max() -> usize {
-    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    usize::try_from(descriptors / 2).map_or(CONNECTIONS_MAX, |half| half.min(CONNECTIONS_MAX))
-}
-
-fn accept_one(engine: &Engine, listener: &OwnedFd, connections_max: usize) {
+fn accept_one(engine: &Engine, number: u32, listener: &OwnedFd, said: &mut Option<Instant>) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    match acceptfrom_with(listener, flags) {
-        Ok((socket, address)) => {
-            if engine.connections() >= connections_max {
-                return; // hung up on, rather than left to wait for nobody knows what
-            }
-            // Both are for speed; a socket that refuses them works all the same.
-            let _ = sockopt::set_tcp_nodelay(&socket, true);
-            let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
-            // Where no worker is left the client is hung up on.
-            let inboxes = engine.inboxes.iter().filter(|inbox| inbox.is_open());
-            if let Some(inbox) = inboxes.min_by_key(|inbox| inbox.connections()) {
-                inbox.send(Message::Connect {
-                    socket,
-                    peer: peer(address),
-                    adopted: Adopted::by(inbox),
-                });
+    match accept_with(listener, flags) {
+        Ok(socket) => {
+            let peer = Peer::of(&socket);
+            let limits = *engine.limits.lock().unwrap();
+            let admitted = engine
+                .crowd
+                .admit(&peer, limits.connections, limits.peer_connections);
+            match admitted {
+                Ok(admitted) => {
+                    // Where no worker is left the client is hung up on.
+                    hand_over(engine, socket, peer, Some(number), admitted);
+                }
+                // Hung up on, rather than left to wait for nobody knows what.
+                Err(full) => turn_away(engine, &peer, full, said),
             }
         }
         Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -152,9 +146,44 @@ fn accept_one(engine: &Engine, listener: &OwnedFd, connections_max: usize) {
     }
 }
 
-fn peer(address: Option<SocketAddrAny>) -> String {
-    match address.map(std::net::SocketAddr::try_from) {
-        Some(Ok(address)) => address.to_string(),
-        _ => "unix".into(),
+/// Give a connection to the worker that has the fewest. False: there is none.
+pub fn hand_over(
+    engine: &Engine,
+    socket: OwnedFd,
+    peer: Peer,
+    listener: Option<u32>,
+    admitted: Admitted,
+) -> bool {
+    // Both are for speed; a socket that refuses them works all the same.
+    let _ = sockopt::set_tcp_nodelay(&socket, true);
+    let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
+    let inboxes = engine.inboxes.iter().filter(|inbox| inbox.is_open());
+    let Some(inbox) = inboxes.min_by_key(|inbox| inbox.connections()) else {
+        return false;
+    };
+    inbox.send(Message::Connect {
+        socket,
+        peer,
+        listener,
+        adopted: Adopted::by(inbox, admitted),
+    });
+    true
+}
+
+/// Count a client that is one too many, and tell Python of some.
+fn turn_away(engine: &Engine, peer: &Peer, full: Full, said: &mut Option<Instant>) {
+    engine.turned_away.fetch_add(1, Relaxed);
+    if said.is_some_and(|before| before.elapsed() < SAID_PAUSE) {
+        return;
     }
+    *said = Some(Instant::now());
+    let limit = match full {
+        Full::InAll => "connections",
+        Full::OfThisPeer => "connections_per_peer",
+    };
+    engine.handshakes.push(Event {
+        connection: 0,
+        inbox: engine.inboxes[0].clone(),
+        said: Said::Full(format!("{peer} is one too many: [limits] {limit}")),
+    });
 }

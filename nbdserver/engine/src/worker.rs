@@ -16,9 +16,11 @@ use crate::engine::Engine;
 use crate::export::{Place, count};
 use crate::extents::FileId;
 use crate::handshake::{Action, Event, Said};
+use crate::limits::Limits;
 use crate::parts::{Split, takes_parts};
+use crate::peer::{Admitted, Peer};
 use crate::pool::Ticket;
-use crate::request::{Body, Failure, Reply, Request, Session};
+use crate::request::{Body, Failure, Reply, Request, Session, status_length};
 use crate::ring::Ring;
 use crate::tls::{Progress, Transport};
 use crate::transfer::{Transfer, charge, finish_read, is_code, plan, prepare_write, run_all};
@@ -29,12 +31,13 @@ use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
 const RECEIVE: usize = 256 << 10;
 /// Receives for one connection before others have their turn.
 const RECEIVES_MAX: usize = 4;
-/// Requests of one connection under way at once; a client that sends more waits. Linux's own client has 128 tags.
-const REQUESTS_MAX: usize = 256;
-/// Bytes that the requests of one connection may hold at once (one request may always run), and which part of the pool at the
-/// most.
-const WEIGHT_MAX: usize = 64 << 20;
+/// What is begun for one connection before others have their turn: so many requests, and fewer where they are long.
+const TURN: u32 = 64;
+const TURN_BYTES: usize = 32 << 10;
+/// Which part of the pool the requests of one connection may hold at the most (one request may always run).
 const WEIGHT_PART: usize = 4;
+/// How long a client may leave its replies unread while their memory is wanted by others.
+const UNREAD_MAX: Duration = Duration::from_secs(5);
 /// Bytes that may wait to be sent before a connection's next request is begun: enough to keep its socket busy.
 const OUTGOING_MAX: usize = 4 << 20;
 /// Replies that clients do not read, in ordinary memory because the pool was needed; beyond it such clients go.
@@ -59,9 +62,11 @@ const PLACE_BITS: u32 = 24;
 pub enum Message {
     Connect {
         socket: OwnedFd,
-        peer: String,
+        peer: Peer,
+        listener: Option<u32>,
         adopted: Adopted,
     },
+    Limits(Limits),
     Reply(Reply),
     Action(u64, Action),
     Forget(FileId, Arc<Latch>),
@@ -185,12 +190,16 @@ impl Inbox {
 }
 
 /// A connection that a worker has, or is about to get, counts as its own for as long as this lives.
-pub struct Adopted(Arc<Inbox>);
+pub struct Adopted(Arc<Inbox>, Arc<Admitted>);
 
 impl Adopted {
-    pub fn by(inbox: &Arc<Inbox>) -> Adopted {
+    pub fn by(inbox: &Arc<Inbox>, admitted: Admitted) -> Adopted {
         inbox.connections.fetch_add(1, Relaxed);
-        Adopted(inbox.clone())
+        Adopted(inbox.clone(), Arc::new(admitted))
+    }
+
+    pub fn admitted(&self) -> &Arc<Admitted> {
+        &self.1
     }
 }
 
@@ -205,7 +214,14 @@ pub struct Announced {
     engine: Arc<Engine>,
     inbox: Arc<Inbox>,
     token: u64,
-    _adopted: Adopted,
+    adopted: Adopted,
+}
+
+impl Announced {
+    /// What makes it count among all connections.
+    pub fn admitted(&self) -> Arc<Admitted> {
+        self.adopted.admitted().clone()
+    }
 }
 
 impl Drop for Announced {
@@ -213,7 +229,9 @@ impl Drop for Announced {
         self.engine.handshakes.push(Event {
             connection: self.token,
             inbox: self.inbox.clone(),
-            said: Said::Closed,
+            said: Said::Closed {
+                _admitted: self.admitted(),
+            },
         });
     }
 }
@@ -239,6 +257,9 @@ pub struct Worker {
     stopping: Option<Instant>,
     /// All workers have finished: connections end.
     ending: bool,
+    limits: Limits,
+    /// When this round of the loop began, and when deadlines were last looked at.
+    now: Instant,
     ticked: Instant,
     /// The pool is, or has just been, used up.
     short: bool,
@@ -263,6 +284,7 @@ enum Began {
 impl Worker {
     pub fn new(engine: Arc<Engine>, index: usize, ring: Option<Ring>) -> std::io::Result<Worker> {
         let inbox = engine.inboxes[index].clone();
+        let limits = *engine.limits.lock().unwrap();
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(
             &epoll,
@@ -295,6 +317,8 @@ impl Worker {
             head: Vec::new(),
             stopping: None,
             ending: false,
+            limits,
+            now: Instant::now(),
             ticked: Instant::now(),
             short: false,
             delayed: VecDeque::new(),
@@ -314,6 +338,7 @@ impl Worker {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => panic!("epoll_wait: {errno}"),
             }
+            self.now = Instant::now();
             for event in &events {
                 match event.data.u64() {
                     INBOX | RING => {}
@@ -342,7 +367,7 @@ impl Worker {
 
     // -- connections -----------------------------------------------------------------------------------------
 
-    fn connect(&mut self, socket: OwnedFd, peer: String, adopted: Adopted) {
+    fn connect(&mut self, socket: OwnedFd, peer: Peer, listener: Option<u32>, adopted: Adopted) {
         if self.stopping.is_some() {
             return;
         }
@@ -358,22 +383,23 @@ impl Worker {
             self.free.push(place);
             return;
         }
-        let client = Client::new(peer, self.inbox.clone(), token);
+        let client = Client::new(peer, listener, self.inbox.clone(), token);
         self.tell(token, Said::Open(client.clone()));
-        let mut outgoing = Outgoing::default();
-        outgoing.bytes(GREETING.to_vec());
         let connection = Connection {
             transport,
             token,
             client,
-            _announced: Announced {
+            announced: Announced {
                 engine: self.engine.clone(),
                 inbox: self.inbox.clone(),
                 token,
-                _adopted: adopted,
+                adopted,
             },
-            phase: Phase::Flags,
-            deadline: Instant::now() + self.engine.handshake_timeout,
+            phase: Phase::Deciding,
+            deadline: self.now + self.limits.handshake,
+            active: self.now,
+            left: TURN,
+            waits_turn: false,
             input: Vec::new(),
             skip: 0,
             payload: None,
@@ -383,7 +409,7 @@ impl Worker {
             stalled: false,
             deaf: false,
             closing: false,
-            outgoing,
+            outgoing: Outgoing::default(),
             requests: 0,
             weight: 0,
             interest: EventFlags::empty(),
@@ -434,6 +460,11 @@ impl Worker {
             return;
         };
         let gone = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+        // Of who has gone everything is begun that there still is.
+        connection.left = if gone { u32::MAX } else { TURN };
+        if std::mem::take(&mut connection.waits_turn) && self.resume(&mut connection).is_err() {
+            return self.close(connection);
+        }
         let mut readable = flags.contains(EventFlags::IN);
         while readable && !connection.deaf && !connection.stalled {
             if self.receive(&mut connection).is_err() {
@@ -485,7 +516,10 @@ impl Worker {
                     connection.deaf = true;
                     break;
                 }
-                Ok(got) => got,
+                Ok(got) => {
+                    connection.active = self.now;
+                    got
+                }
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => continue,
                 Err(_) => return Err(()),
@@ -505,7 +539,7 @@ impl Worker {
                 }
                 continue;
             }
-            connection.input.clear();
+            connection.input = Vec::new(); // a connection that waits keeps no memory
             let total = kept + got;
             let consumed = self.parse(connection, &scratch[..total])?;
             connection
@@ -634,6 +668,10 @@ impl Worker {
             return;
         };
         match action {
+            Action::Greet => {
+                connection.outgoing.bytes(GREETING.to_vec());
+                connection.phase = Phase::Flags;
+            }
             Action::Next { data } => {
                 connection.outgoing.bytes(data);
                 connection.phase = Phase::Options;
@@ -661,6 +699,7 @@ impl Worker {
                 let session = Session {
                     inbox,
                     connection: token,
+                    _admitted: connection.announced.admitted(),
                     style,
                     payload_max,
                     block_min,
@@ -695,6 +734,12 @@ impl Worker {
         }
         if !self.has_room(connection) {
             connection.stalled = true;
+            return Ok(None);
+        }
+        if connection.left == 0 {
+            connection.stalled = true;
+            connection.waits_turn = true;
+            self.again.push(connection.token);
             return Ok(None);
         }
         if let Some((header, ticket)) = connection.ticket.take() {
@@ -823,6 +868,11 @@ impl Worker {
     ) -> usize {
         connection.requests += 1;
         connection.weight += vector.len();
+        let cost = 1 + vector.len() / TURN_BYTES;
+        connection.left = connection.left.saturating_sub(cost as u32);
+        if let Phase::Transmission(session, _) = &connection.phase {
+            connection.weight += status_length(&header, session, named.as_deref());
+        }
         if header.command != command::WRITE {
             self.begin(connection, header, vector, named);
             return 0;
@@ -849,6 +899,7 @@ impl Worker {
         error: u32,
         why: &str,
     ) {
+        connection.left = connection.left.saturating_sub(1);
         let reply = Reply {
             connection: connection.token,
             cookie: header.cookie,
@@ -857,6 +908,7 @@ impl Worker {
             whole: false,
             part: None,
             weight: 0,
+            held: Some(self.engine.holding.hold(why.len())),
             result: Err(Failure {
                 errno: error as i32,
                 message: why.to_owned(),
@@ -873,10 +925,15 @@ impl Worker {
 
     /// Whether another request may begin.
     fn has_room(&self, connection: &Connection) -> bool {
-        let weight_max = WEIGHT_MAX.min(self.engine.pool.size() / WEIGHT_PART);
-        connection.requests < REQUESTS_MAX
-            && connection.weight < weight_max
-            && connection.outgoing.len() < OUTGOING_MAX
+        let memory_max = self
+            .limits
+            .memory
+            .min(self.engine.pool.size() / WEIGHT_PART);
+        connection.outgoing.len() < OUTGOING_MAX
+            && (connection.requests == 0
+                || connection.requests < self.limits.requests
+                    && connection.weight < memory_max
+                    && self.engine.holding.bytes() < self.limits.replies)
     }
 
     fn stall(&mut self, connection: &mut Connection) {
@@ -909,6 +966,10 @@ impl Worker {
             header.flags |= wire::flag::FUA;
         }
         let past_end = wire::past_end(&header, export.size());
+        let held = vector.is_empty().then(|| {
+            let reply = status_length(&header, session, named.as_deref());
+            self.engine.holding.hold(reply)
+        });
         let request = Request {
             header,
             export: export.clone(),
@@ -918,6 +979,7 @@ impl Worker {
             holes: Vec::new(),
             part: connection.split.as_ref().map(Split::part),
             charged: 0,
+            held,
             _running: running,
         };
         if let Some((errno, why)) = past_end {
@@ -1121,8 +1183,10 @@ impl Worker {
                 Message::Connect {
                     socket,
                     peer,
+                    listener,
                     adopted,
-                } => self.connect(socket, peer, adopted),
+                } => self.connect(socket, peer, listener, adopted),
+                Message::Limits(limits) => self.limits = limits,
                 Message::Reply(reply) => self.answer(reply),
                 Message::Action(token, action) => self.act(token, action),
                 Message::Forget(file, latch) => {
@@ -1146,6 +1210,7 @@ impl Worker {
     fn answer(&mut self, reply: Reply) {
         if let Some(mut connection) = self.take_out(reply.connection) {
             connection.reply(reply, &mut self.head);
+            connection.active = self.now;
             self.put_back(connection);
         }
     }
@@ -1155,6 +1220,7 @@ impl Worker {
             let Some(mut connection) = self.take_out(token) else {
                 continue;
             };
+            connection.left = TURN;
             match self.resume(&mut connection) {
                 Ok(()) => self.put_back(connection),
                 Err(()) => self.close(connection),
@@ -1198,6 +1264,7 @@ impl Worker {
     fn tidy_one(&mut self, connection: &mut Connection) -> Result<bool, ()> {
         let waits_for_room = |connection: &Connection| {
             connection.stalled
+                && !connection.waits_turn
                 && connection.ticket.is_none()
                 && connection.parked.is_none()
                 && !connection.awaits_part()
@@ -1210,10 +1277,14 @@ impl Worker {
                 weight,
                 ..
             } = &mut *connection;
+            let before = outgoing.total();
             let sent = outgoing.send(transport, |bytes| {
                 *requests -= 1;
                 *weight -= bytes;
             });
+            if outgoing.total() > before {
+                connection.active = self.now;
+            }
             let room = self.has_room(connection);
             match sent {
                 Err(_) => return Err(()),
@@ -1281,7 +1352,7 @@ impl Worker {
 
     /// Look at deadlines, and at who holds memory that others wait for.
     fn tick(&mut self) {
-        let now = Instant::now();
+        let now = self.now;
         if now - self.ticked < self.tick_length() {
             return;
         }
@@ -1290,15 +1361,26 @@ impl Worker {
         if self.short {
             self.spill_stuck();
         }
+        let is_over = self.engine.holding.bytes() >= self.limits.replies;
         for place in 0..self.connections.len() {
-            let late = self.connections[place].as_ref().is_some_and(|connection| {
-                !matches!(connection.phase, Phase::Transmission(..)) && connection.deadline <= now
-            });
-            if late {
+            let ends = self.connections[place]
+                .as_ref()
+                .is_some_and(|connection| self.is_over(connection, is_over));
+            if ends {
                 let connection = self.connections[place].take().expect("the one looked at");
                 self.close(connection);
             }
         }
+    }
+
+    /// Whether the time of a connection is up. `short`: others wait for memory that replies hold.
+    fn is_over(&self, connection: &Connection, short: bool) -> bool {
+        if !matches!(connection.phase, Phase::Transmission(..)) {
+            return connection.deadline <= self.now;
+        }
+        let idles = |limit| connection.is_idle(self.now, limit);
+        self.limits.idle.is_some_and(idles)
+            || short && !connection.outgoing.is_empty() && idles(UNREAD_MAX)
     }
 
     /// Take back memory of the pool from clients that do not go on reading or sending; who holds too much goes.
