@@ -114,7 +114,7 @@ def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transform
                 transform, top, lifted = through, level.owner, here
         elif through is not None:
             meters = (*meters, through)
-        marks = tuple((log, here + ahead) for log, ahead in level.logs)
+        marks = tuple([(log, here + ahead) for log, ahead in level.logs]) if level.logs else ()
         target = extent.target
         if not mapped:
             code, at = (level.owner, here) if top is None else (top, lifted)
@@ -123,6 +123,12 @@ def flatten(layer: Layer, offset: int, length: int, intent: Intent, *, transform
             if len(stack) >= DEPTH_MAX:
                 raise ImageError(f"layers nest deeper than {DEPTH_MAX}", path=layer.filename)
             child = target.layer if isinstance(target, Child) else target
+            file = child.whole
+            if file is not None and extent.offset + extent.length <= file.size:  # else the law is broken: see there
+                writable = level.writable and extent.writable and not file.read_only
+                position = lifted if transform is not None else 0
+                yield Leaf(extent.length, file, extent.offset, writable, None, transform, position, meters, marks)
+                continue
             below = clip(_answers(child, extent.offset, extent.length, intent), extent.length)
             writable = level.writable and extent.writable
             logs = (*((log, at - extent.offset) for log, at in marks), *_own_log(child))
@@ -172,12 +178,17 @@ def execute(layer: Layer, request: Request) -> None:
         while not _run(layer, leaf, request, layer.changes):
             pass
         done, by_others = request.length, True
+    roomed = -1  # where room has been made: once for each place, lest it never ends
     while done < request.length:
         seen = layer.changes
         at, left = request.offset + done, request.length - done
         leaves = flatten(layer, at, left, INTENTS[request.operation], transforms=False)
         for leaf in _by_code(layer, at, left) if demands else leaves:
             part = request.slice(done, min(leaf.length, request.length - done))
+            if leaf.layer is not None and request.operation is Operation.WRITE and not demands and roomed < done:
+                roomed = done
+                if leaf.layer.make_room(leaf.offset, part.length) is not None:
+                    break
             if not _run(layer, leaf, part, seen):
                 break
             by_others = by_others or leaf.layer is not layer

@@ -373,6 +373,14 @@ class Layer:
         """Take ``request.vector``: every range that ``resolve(WRITE)`` calls CODE. Raises RequestError, OSError."""
         raise NotImplementedError(f"{type(self).__name__}.write")
 
+    def make_room(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Have a place for bytes that ``resolve(WRITE)`` calls CODE, and perhaps for others around them, all of which
+        stay what they are: (offset, length) of what should be resolved again, and may be written in place then.
+
+        By default None: `write` is to be called, because the data is needed. Raises RequestError, OSError, ImageError.
+        """
+        return None
+
     def zero(self, request: Request) -> Awaitable[None] | None:
         """Make the range read as zeroes: every range that ``resolve(ZERO)`` calls CODE.
 

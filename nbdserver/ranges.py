@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from types import TracebackType
 
 
 class RangeLock:
@@ -23,47 +24,40 @@ class RangeLock:
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         #: Everybody who holds or awaits a range, in order of arrival.
-        self._claims: list[_Claim] = []
+        self._claims: list[Claim] = []
 
-    @contextlib.contextmanager
-    def shared(self, offset: int, length: int) -> Iterator[None]:
-        """Hold ``length`` bytes from ``offset`` together with other sharers. Waits as long as it takes."""
-        with self._held(_Claim(offset, offset + length, False)):
-            yield
+    def shared(self, offset: int, length: int) -> Claim:
+        """Hold ``length`` bytes from ``offset`` together with other sharers, for a ``with`` block. Waits as long as it
+        takes."""
+        return Claim(self, offset, offset + length, exclusive=False)
 
-    @contextlib.contextmanager
-    def exclusive(self, offset: int, length: int) -> Iterator[None]:
-        """Hold ``length`` bytes from ``offset`` alone. Waits as long as it takes."""
-        with self._held(_Claim(offset, offset + length, True)):
-            yield
+    def exclusive(self, offset: int, length: int) -> Claim:
+        """Hold ``length`` bytes from ``offset`` alone, for a ``with`` block. Waits as long as it takes."""
+        return Claim(self, offset, offset + length, exclusive=True)
 
-    @contextlib.contextmanager
-    def attempt(self, offset: int, length: int) -> Iterator[bool]:
-        """Hold ``length`` bytes from ``offset`` alone if that needs no waiting; whether it is so."""
-        claim = _Claim(offset, offset + length, True)
+    def attempt(self, offset: int, length: int) -> Attempt:
+        """Hold ``length`` bytes from ``offset`` alone, for a ``with`` block, if that needs no waiting; which is told
+        whether it is so."""
+        return Attempt(self, offset, offset + length, exclusive=True)
+
+    def _enter(self, claim: Claim) -> None:
         with self._mutex:
-            is_free = not any(earlier.conflicts(claim) for earlier in self._claims)
-            if is_free:
-                self._claims.append(claim)
-        try:
-            yield is_free
-        finally:
-            if is_free:
-                self._leave(claim)
-
-    @contextlib.contextmanager
-    def _held(self, claim: _Claim) -> Iterator[None]:
-        with self._mutex:
-            claim.blockers = sum(earlier.conflicts(claim) for earlier in self._claims)
-            self._claims.append(claim)
-        try:
+            for earlier in self._claims:
+                if earlier.conflicts(claim):
+                    claim.blockers += 1
             if claim.blockers:
-                claim.granted.wait()
-            yield
-        finally:
-            self._leave(claim)
+                claim.granted = threading.Event()
+            self._claims.append(claim)
 
-    def _leave(self, claim: _Claim) -> None:
+    def _attempt(self, claim: Claim) -> bool:
+        with self._mutex:
+            for earlier in self._claims:
+                if earlier.conflicts(claim):
+                    return False
+            self._claims.append(claim)
+            return True
+
+    def _leave(self, claim: Claim) -> None:
         with self._mutex:
             place = self._claims.index(claim)
             del self._claims[place]
@@ -71,6 +65,7 @@ class RangeLock:
                 if claim.conflicts(later):
                     later.blockers -= 1
                     if later.blockers == 0:
+                        assert later.granted is not None, "it waits"
                         later.granted.set()
 
 
@@ -112,16 +107,48 @@ class _Use:
         self.start, self.end = start, end
 
 
-class _Claim:
-    """One holder or waiter; compared by identity."""
+class Claim:
+    """One holder or waiter, while a ``with`` block runs; compared by identity. (Plain methods: every allocating write
+    comes by here.)"""
 
-    __slots__ = ("blockers", "end", "exclusive", "granted", "start")
+    __slots__ = ("blockers", "end", "exclusive", "granted", "lock", "start")
 
-    def __init__(self, start: int, end: int, exclusive: bool) -> None:
-        self.start, self.end, self.exclusive = start, end, exclusive
+    def __init__(self, lock: RangeLock, start: int, end: int, *, exclusive: bool) -> None:
+        self.lock, self.start, self.end, self.exclusive = lock, start, end, exclusive
         #: How many earlier claims it waits for.
         self.blockers = 0
-        self.granted = threading.Event()
+        #: Set when it has no more to wait for; None if it never had.
+        self.granted: threading.Event | None = None
 
-    def conflicts(self, other: _Claim) -> bool:
+    def conflicts(self, other: Claim) -> bool:
         return (self.exclusive or other.exclusive) and self.start < other.end and other.start < self.end
+
+    def __enter__(self) -> None:
+        self.lock._enter(self)
+        if self.granted is not None:
+            try:
+                self.granted.wait()
+            except BaseException:
+                self.lock._leave(self)
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.lock._leave(self)
+
+
+class Attempt(Claim):
+    """A claim that is given up at once if it would have to wait."""
+
+    __slots__ = ("is_free",)
+
+    def __enter__(self) -> bool:  # type: ignore[override]
+        self.is_free = self.lock._attempt(self)
+        return self.is_free
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.is_free:
+            self.lock._leave(self)

@@ -98,7 +98,7 @@ class Vector:
 
     def __init__(self, segments: Iterable[Segment]) -> None:
         self.segments = tuple(segments)
-        self.length = sum(segment.length for segment in self.segments)
+        self.length = sum([segment.length for segment in self.segments])
 
     @classmethod
     def of(cls, data: bytearray | bytes | memoryview | int) -> Vector:
@@ -109,7 +109,10 @@ class Vector:
     @property
     def registered(self) -> bool:
         """Whether there is at least one segment and every segment lies in a live, registered slot."""
-        return bool(self.segments) and all(s.buffer.registration is not None for s in self.segments)
+        for segment in self.segments:
+            if segment.buffer.registration is None:
+                return False
+        return bool(self.segments)
 
     @property
     def unregistered(self) -> str | None:
@@ -127,6 +130,9 @@ class Vector:
         assert 0 <= start and 0 <= length and start + length <= self.length, (start, length, self.length)
         if start == 0 and length == self.length:
             return self
+        if len(self.segments) == 1:
+            buffer, first, _ = self.segments[0]
+            return Vector((Segment(buffer, first + start, length),)) if length else NO_VECTOR
         return Vector(self._sliced(start, length))
 
     def _sliced(self, start: int, length: int) -> Iterator[Segment]:
@@ -211,7 +217,9 @@ class Request:
 
     def __post_init__(self) -> None:
         assert self.offset >= 0 and self.length >= 0
-        assert not self.asked_flags & Flag.REGISTERED_BUF, "REGISTERED_BUF is derived from the vector, never set"
+        # Most have none, and operations on flags take a microsecond.
+        if self.asked_flags is not Flag.NONE:
+            assert not self.asked_flags & Flag.REGISTERED_BUF, "REGISTERED_BUF is derived from the vector, never set"
         if self.operation in (Operation.READ, Operation.WRITE):
             assert self.vector.length == self.length, (self.vector.length, self.length)
         else:

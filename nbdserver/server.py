@@ -300,8 +300,7 @@ class Export:
                     seen = self.root.changes
                     leaves = flatten(self.root, offset, length, Intent.WRITE)
                     first = next(leaves)
-                    if fills < FILLS_COUNT_MAX and self._effects.is_writable(first):
-                        self._make_writable(fault, offset, length, itertools.chain((first,), leaves))
+                    if fills < FILLS_COUNT_MAX and self._make_writable(fault, first, leaves):
                         fills += 1
                         wanted = fault.again()
                     else:
@@ -335,31 +334,30 @@ class Export:
 
     def _extents(self, offset: int, length: int) -> list[EngineLeaf]:
         """Where the range can be read, and as much beyond it as the layers offer without being asked again."""
-        leaves: list[EngineLeaf] = []
-        covered = ahead = 0
-        for leaf in flatten(self.root, offset, length, Intent.READ):
-            leaves.append(self._effects.leaf(leaf))
-            covered += leaf.length
-            if covered >= length:
-                ahead += 1
-                if ahead > EXTENTS_AHEAD_MAX:
-                    break
-        return leaves
+        leaves = flatten(self.root, offset, length, Intent.READ)
+        return [self._effects.leaf(leaf) for leaf in _some(leaves, length, EXTENTS_AHEAD_MAX)]
 
-    def _make_writable(self, fault: _engine.Fault, offset: int, length: int, found: Iterable[Leaf]) -> None:
-        """Enter the places that may be written as they are, from the first on, which is one."""
-        leaves: list[EngineLeaf] = []
-        covered = ahead = 0
-        for leaf in found:
-            if not self._effects.is_writable(leaf):
-                break
-            leaves.append(self._effects.leaf(leaf))
-            covered += leaf.length
-            if covered >= length:
-                ahead += 1
-                if ahead > EXTENTS_AHEAD_MAX:
-                    break
-        self.engine_export.fill(fault.sequence, offset, leaves)
+    def _make_writable(self, fault: _engine.Fault, first: Leaf, others: Iterator[Leaf]) -> bool:
+        """Enter places from the start of the range on that may be written as they are, if ``first`` is one or its layer
+        can make it one: whether it is so. ``others`` follow it."""
+        offset, length = fault.range
+        if first.layer is not None:
+            room = first.layer.make_room(first.offset, min(first.length, length))
+            if room is None:
+                return False
+            # Where the layer's bytes are in the export is known for those that were asked for, and guessed of others.
+            start = max(offset - max(first.offset - room[0], 0), 0)
+            length = min(room[1], self.root.size - start)
+            sequence = self.engine_export.sequence
+            leaves = _some(flatten(self.root, start, length, Intent.WRITE), length, 0)
+        elif not self._effects.is_writable(first):
+            return False
+        else:
+            start, sequence = offset, fault.sequence
+            leaves = _some(itertools.chain((first,), others), length, EXTENTS_AHEAD_MAX)
+        places = itertools.takewhile(self._effects.is_writable, leaves)
+        self.engine_export.fill(sequence, start, [self._effects.leaf(leaf) for leaf in places])
+        return True
 
     def _write(
         self, fault: _engine.Fault, offset: int, length: int, seen: int, first: Leaf, others: Iterator[Leaf]
@@ -442,6 +440,19 @@ def _who(client: _engine.Client) -> Peer:
 def _user(name: str) -> str:
     """Who an export is, among the users of layers and files."""
     return f"export {name!r}"
+
+
+def _some(leaves: Iterable[Leaf], length: int, ahead: int) -> Iterator[Leaf]:
+    """The first of the leaves: those of ``length`` bytes, and so many more."""
+    for leaf in leaves:
+        if length <= 0:
+            ahead -= 1
+            if ahead < 0:
+                return
+        yield leaf
+        length -= leaf.length
+        if length <= 0 and ahead <= 0:
+            return
 
 
 def _vector(fault: _engine.Fault, offset: int, length: int) -> Vector:

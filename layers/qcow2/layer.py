@@ -36,6 +36,7 @@ from layers.qcow2.info import describe
 from layers.qcow2.limits import (
     ALLOCATION_AHEAD_DEFAULT,
     BACKING_NAME_MAX,
+    GROWTH,
     L2_CACHE_DEFAULT,
     REFCOUNT_CACHE_DEFAULT,
 )
@@ -242,6 +243,7 @@ class Qcow2(Layer):
         )
         Survey(storage, header, mapping, refcounts, snapshots, bitmaps).fill(occupied)
         storage.fill_up()
+        storage.growth = GROWTH
         kept = header.autoclear & KEPT
         if not bitmaps.entries:
             kept &= ~AUTOCLEAR_BITMAPS
@@ -301,9 +303,10 @@ class Qcow2(Layer):
         )
 
     def _ahead(self, header: Header, data: Storage) -> int:
-        """How much to allocate ahead: only where what is new in the file shows what the disk had there, zeroes."""
+        """How much to allocate ahead: only where what is new in the file shows what the disk had there, zeroes. Of an
+        external data file nobody knows where it is new."""
         has_backing = bool(self.backing) or header.backing_name is not None
-        return 0 if has_backing or data.is_encrypted else self.allocation_ahead
+        return 0 if has_backing or data.is_encrypted or self.data_file else self.allocation_ahead
 
     def _forget_bitmaps(self) -> None:
         """Take away the extension of bitmaps that somebody has made worthless, as QEMU does. Their clusters leak."""
@@ -384,6 +387,7 @@ class Qcow2(Layer):
         finally:
             if self._writer is not None:
                 self._writer.close()
+                self.reader.storage.close()
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -480,7 +484,7 @@ class Qcow2(Layer):
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
         zero = intent is Intent.ZERO
         extents = self._resolve_zero(offset, length) if zero else self._resolve(offset, length, intent)
-        return self._watched(_joined(extents))
+        return self._watched(_joined(extents, length))
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if child not in (self.backing, self.data_file):
@@ -489,11 +493,13 @@ class Qcow2(Layer):
         return ((offset, end - offset),) if offset < end else ()
 
     def _resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
-        reader = self.reader
-        # What is written by code is not looked up ahead: the answer would not last.
-        ahead = intent is Intent.READ or any(self._is_writable(run) for run, _, _ in reader.spans(offset, 1))
-        for run, start, end in reader.spans(offset, length, ahead=ahead):
-            if self._is_writable(run):
+        reader, behind, is_code = self.reader, offset + length, False
+        for run, start, end in reader.spans(offset, length, ahead=True):
+            if is_code and start >= behind:
+                return  # what is written by code is not looked up ahead: the answer would not last
+            is_writable = self._is_writable(run)
+            is_code = intent is Intent.WRITE and not is_writable
+            if is_writable:
                 yield Extent(end - start, reader.data.file, reader.place(run, start), True)
             elif run.kind is Kind.NORMAL and intent is Intent.READ:
                 yield from reader.stored(run, start, end)
@@ -537,11 +543,22 @@ class Qcow2(Layer):
             self.reader.read(request)
 
     def write(self, request: Request) -> None:
-        with self._watch():
+        try:  # as `_watch`
             if Flag.WRITE_COMPRESSED in request.asked_flags:
                 self.writer.write_compressed(request)
             else:
                 self.writer.write(request)
+        except CorruptImage as error:
+            self._condemn(error)
+            raise
+
+    def make_room(self, offset: int, length: int) -> tuple[int, int] | None:
+        try:  # as `_watch`
+            room = self.writer.make_room(offset, offset + length)
+        except CorruptImage as error:
+            self._condemn(error)
+            raise
+        return (room[0], min(room[1], self.size) - room[0]) if room is not None else None
 
     def zero(self, request: Request) -> None:
         with self._watch():
@@ -558,7 +575,10 @@ class Qcow2(Layer):
 
     @contextlib.contextmanager
     def _watch(self) -> Iterator[None]:
-        """Condemn the image if its metadata turns out to be wrong: nothing is written any more, here or elsewhere."""
+        """Condemn the image if its metadata turns out to be wrong: nothing is written any more, here or elsewhere.
+
+        (Where page faults come by it is written out, which takes less time.)
+        """
         try:
             yield
         except CorruptImage as error:
@@ -566,7 +586,7 @@ class Qcow2(Layer):
             raise
 
     def _watched(self, extents: Iterator[Extent]) -> Iterator[Extent]:
-        try:  # as `_watch`, which costs more: every page fault comes by here
+        try:  # as `_watch`
             yield from extents
         except CorruptImage as error:
             self._condemn(error)
@@ -709,20 +729,24 @@ def _limits(cluster_size: int) -> BlockLimits:
     return BlockLimits(opt_transfer=cluster_size)
 
 
-def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same extents, those joined that continue one another."""
+def _joined(extents: Iterable[Extent], length: int) -> Iterator[Extent]:
+    """The same extents, those of the first ``length`` bytes joined that continue one another. What lies behind is not
+    looked at before it is wanted."""
     last: Extent | None = None
     for extent in extents:
-        if last is None:
-            last = extent
-        elif (
-            extent.target is last.target
-            and extent.writable == last.writable
-            and (isinstance(extent.target, Special) or extent.offset == last.offset + last.length)
-        ):
-            last = last._replace(length=last.length + extent.length)
-        else:
+        length -= extent.length
+        if last is not None:
+            if (
+                extent.target is last.target
+                and extent.writable == last.writable
+                and (isinstance(extent.target, Special) or extent.offset == last.offset + last.length)
+            ):
+                extent = last._replace(length=last.length + extent.length)
+            else:
+                yield last
+        last = extent
+        if length <= 0:
             yield last
-            last = extent
+            last = None
     if last is not None:
         yield last

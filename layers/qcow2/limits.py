@@ -42,6 +42,10 @@ L2_CACHE_DEFAULT: Final = 32 * MIB
 #: Counts 256 GiB at 64 KiB clusters and 16 bits.
 REFCOUNT_CACHE_DEFAULT: Final = 8 * MIB
 
+#: How much longer than it needs to be a growing file is made, so that few new clusters need that. A hole, which goes
+#: when the image is closed.
+GROWTH: Final = 16 * MIB
+
 #: The fewest tables a cache is of use with: an old and a new L2 table; the blocks that one growth touches.
 CACHED_COUNT_MIN: Final = 4
 
@@ -53,9 +57,17 @@ FREED_MAX: Final = GIB
 #: Runs of free clusters that are remembered behind the allocation cursor; past that it goes back and looks again.
 FREE_RUNS_COUNT_MAX: Final = 16384
 
+#: Clusters behind what is asked for whose places are told along with it: each costs some 50 ns, and a page fault that
+#: brings so many need not come again for a while.
+CLUSTERS_AHEAD_MAX: Final = 512
+
 #: Zeroes around the data of a partly written cluster: up to this many are written along with it, more of them are
 #: zeroed by the file, which keeps large clusters sparse.
 ZEROES_INLINE_MAX: Final = 64 * KIB
+
+#: Data in the middle of a cluster that is copied: up to this much, what it takes the place of is read along with what
+#: surrounds it.
+COPIED_OVER_MAX: Final = 16 * KIB
 
 #: Decompressed clusters that are kept, for readers that go through one in small steps.
 DECOMPRESSED_KEPT_MAX: Final = 4 * MIB
@@ -98,6 +110,10 @@ FINDINGS_COUNT_MAX: Final = 1000
 #: places, and holes of the file until then. And how much at most, where writes follow one another.
 ALLOCATION_AHEAD_DEFAULT: Final = 4 * MIB
 ALLOCATION_AHEAD_MAX: Final = 16 * MIB
+
+#: It grows to that, too, so that it is no more than this part of what has been allocated since the image was opened:
+#: random writes to a large disk come to an end of first writes soon, and single ones take little more than they need.
+ALLOCATION_AHEAD_SHARE: Final = 64
 
 #: QEMU's QCOW2_MAX_BITMAPS, QCOW2_MAX_BITMAP_DIRECTORY_SIZE, and its bounds on a bitmap's table, its size in bytes,
 #: its granularity and the length of its name.

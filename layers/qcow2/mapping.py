@@ -7,6 +7,7 @@ Specification: "Cluster mapping".
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from layers.qcow2.cache import Cache, Table
 from layers.qcow2.clusters import BadEntry, Kind, Run
 from layers.qcow2.header import Header
 from layers.qcow2.host import Host
-from layers.qcow2.limits import CACHED_COUNT_MIN
+from layers.qcow2.limits import CACHED_COUNT_MIN, CLUSTERS_AHEAD_MAX
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut
 from layers.qcow2.refcounts import Refcounts
@@ -43,32 +44,40 @@ class Mapping:
         return self._l1.entries
 
     def runs(self, start: int, end: int, *, ahead: bool) -> Iterator[Run]:
-        """The runs of the clusters that the bytes [start, end) of the disk are in; with ``ahead`` on to the end of the
-        last one's L2 table.
+        """The runs of the clusters that the bytes [start, end) of the disk are in; with ``ahead`` those of some more
+        then, in the last one's L2 table.
 
         Takes the lock, once a table, and never holds it across a ``yield``. Raises ImageError, OSError; not for
         what lies behind ``end``.
         """
-        size, per_table, width = self._geometry.cluster_size, self._geometry.l2_entries, self._geometry.entry_words
-        cluster, stop = start // size, self._geometry.clusters(end)
-        while cluster < stop and start < end:
-            index, skip = divmod(cluster, per_table)
-            limit = min((index + 1) * per_table, self._clusters if ahead else stop)
-            with self._lock:
-                owned = bool(self._l1.entries[index] & COPIED)
-                table = self._table(index)
-                words = table.entries[skip * width : (skip + limit - cluster) * width] if table is not None else None
-                place = table.place if table is not None else 0
-            if words is None:
-                yield Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0)
-            else:
-                try:
-                    yield from self._geometry.runs(words, cluster, owned)
-                except BadEntry as bad:
-                    if bad.start >= end:
-                        return
-                    raise self.bad_entry(bad.start, bad.found, bad.wanted, place) from bad
+        if start >= end:
+            return
+        per_table = self._geometry.l2_entries
+        cluster, stop = start // self._geometry.cluster_size, self._geometry.clusters(end)
+        while cluster < stop:
+            limit = min((cluster // per_table + 1) * per_table, stop)
+            try:
+                yield from self._runs(cluster, limit)
+            except BadEntry as bad:
+                raise self.bad_entry(bad.start, bad.found, bad.wanted) from bad
             cluster = limit
+        limit = min(-(-stop // per_table) * per_table, stop + CLUSTERS_AHEAD_MAX, self._clusters)
+        if ahead and stop < limit:
+            with contextlib.suppress(BadEntry):  # who asks for that entry is told
+                yield from self._runs(stop, limit)
+
+    def _runs(self, cluster: int, limit: int) -> Iterator[Run]:
+        """The runs of the clusters [cluster, limit), which one L2 table maps. Raises BadEntry, ImageError, OSError."""
+        index, skip = divmod(cluster, self._geometry.l2_entries)
+        width = self._geometry.entry_words
+        with self._lock:
+            entry = self._l1.entries[index]
+            table = self._cache.get(index, self._load) if entry & OFFSET_MASK else None
+            words = table.entries[skip * width : (skip + limit - cluster) * width] if table is not None else None
+        if words is not None:
+            return self._geometry.runs(words, cluster, bool(entry & COPIED))
+        size = self._geometry.cluster_size
+        return iter((Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0),))
 
     def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> CorruptImage:
         """The ImageError for what the L2 entry of the guest cluster that begins at ``start`` says."""

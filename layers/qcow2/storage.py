@@ -52,9 +52,13 @@ class Storage:
 
     def __init__(self, file: Layer, cluster_size: int) -> None:
         self.file, self.cluster_size = file, cluster_size
+        #: How much longer than is needed it is made when it grows.
+        self.growth = 0
         self._size = file.size
         #: Free clusters from here on have never held anything: they read as zeroes.
         self._fresh = self._size
+        #: Where the file really ends, if it has been made longer than is needed now.
+        self._reach = self._size
         self._growing = threading.Lock()
 
     @property
@@ -108,19 +112,33 @@ class Storage:
             self._fresh = max(self._fresh, offset + length)
 
     def _grow(self, size: int) -> None:
-        try:
-            self.file.resize(size)
-        except RequestError as error:
-            number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
-            raise OSError(number, os.strerror(number), self.file.filename) from error
+        if size > self._reach:
+            try:
+                self._reach = self._lengthened(size)
+            except RequestError as error:
+                number = errno.ENOSPC if error.errno == errno.ENOTSUP else error.errno
+                raise OSError(number, os.strerror(number), self.file.filename) from error
         self._size = size
+
+    def _lengthened(self, size: int) -> int:
+        """Make the file reach to ``size``, and somewhat farther: where it ends then. Raises RequestError."""
+        if self.growth:
+            with contextlib.suppress(RequestError):  # no room for that: perhaps there is for what is needed
+                self.file.resize(size + self.growth)
+                return size + self.growth
+        self.file.resize(size)
+        return size
+
+    def close(self) -> None:
+        """Have the file end where it is needed to."""
+        self.truncate(self.size)
 
     def truncate(self, size: int) -> None:
         """Make the file end at ``size`` if it is longer, and can: nothing behind that is in use."""
         with self._growing, contextlib.suppress(OSError, RequestError):
-            if size < self.size:
+            if size < self._reach:
                 self.file.resize(size)
-                self._size = size
+                self._size = self._reach = size
 
     def reserve_zeroed(self, offset: int, length: int) -> None:
         """`reserve`, and write zeroes: a full file system says so now, not when the metadata is written back."""

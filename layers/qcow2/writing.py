@@ -11,8 +11,9 @@ What surrounds the data in its first and last subcluster is copied along with it
 whatever else is stored in it. What fails before the last step leaves nothing behind. When the request returns,
 everybody sees the new clusters, and `order` sees to the file.
 
-In an image without a backing file, more is allocated than is written (`_Ahead`), in clusters of the host file that
-nothing has ever been in: they are zeroes, as what they stand for was. Later writes then find their places.
+In an image without a backing file there is a shorter way (`Writer.make_room`): clusters of the host file that nothing
+has ever been in are zeroes, as what they stand for is. They are linked before anything is written, and more of them
+than that needs (`_Ahead`); who wants to write finds a place, and needs nobody's code.
 
 If an external data file is to be a raw image by itself (``is_raw``), zeroing and trimming are done in there, and never
 by an entry.
@@ -26,10 +27,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from layers.ondisk.qcow2 import OFFSET_END
 from layers.qcow2.clusters import Kind, Run
 from layers.qcow2.compression import compress
 from layers.qcow2.host import DataFile, Host
-from layers.qcow2.limits import ALLOCATION_AHEAD_MAX, ZEROES_INLINE_MAX
+from layers.qcow2.limits import ALLOCATION_AHEAD_MAX, ALLOCATION_AHEAD_SHARE, COPIED_OVER_MAX, ZEROES_INLINE_MAX
 from layers.qcow2.mapping import WritableMapping
 from layers.qcow2.order import Order
 from layers.qcow2.reading import Reader
@@ -65,25 +67,34 @@ class Discard(NamedTuple):
 
 
 class _Ahead:
-    """How much to allocate at once: ``least`` bytes, and more where writes follow one another."""
+    """How much to allocate at once: ``least`` bytes; more where writes follow one another, and where much has been
+    allocated already."""
 
     def __init__(self, least: int) -> None:
-        self._least = self._length = least
-        self._end = -1
+        self.least = self._unit = least
+        #: Where what was allocated last ends (at first far away), and how long it is; how much was allocated in all.
+        self._end, self._length, self._total = -OFFSET_END, least, 0
 
-    def around(self, start: int, end: int, table_span: int, disk_end: int) -> tuple[int, int]:
-        """The bytes [first, stop) to allocate for [start, end), whole clusters: within one L2 table, and the disk. For
-        what is in several tables, or longer than that, no more than it needs."""
+    def around(self, start: int, end: int, table_span: int, disk_end: int) -> tuple[int, int] | None:
+        """The bytes [first, stop) to allocate for [start, end), whole clusters, within one L2 table and the disk; None
+        if those are in several tables."""
         table = start // table_span * table_span
         limit = min(table + table_span, disk_end)
-        first = max(start // self._least * self._least, table) if self._least else start
-        length = min(2 * self._length, max(ALLOCATION_AHEAD_MAX, self._least)) if first == self._end else self._least
-        stop = min(first + length, limit)
-        return (first, stop) if end <= stop else (start, end)
+        if end > limit:
+            return None
+        if 0 <= start - self._end < self._unit:
+            longer = min(2 * self._length, max(ALLOCATION_AHEAD_MAX, self.least))
+            first, length = max(self._end, table), max(longer, self._unit)
+        else:
+            first, length = max(start // self._unit * self._unit, table), self._unit
+        return first, max(min(first + length, limit), end)
 
     def took(self, first: int, stop: int) -> None:
         """[first, stop) has been allocated."""
-        self._length, self._end = stop - first, stop
+        self._end, self._length = stop, stop - first
+        self._total += stop - first
+        if 2 * self._unit <= min(self._total // ALLOCATION_AHEAD_SHARE, ALLOCATION_AHEAD_MAX):
+            self._unit *= 2
 
 
 class Writer:
@@ -166,39 +177,58 @@ class Writer:
     def write(self, request: Request) -> None:
         """Write any range."""
         self._relieve()
-        start, end = self._geometry.span(request.offset, request.end)
-        first, stop = self._ahead.around(start, end, self._geometry.table_span, self._end)
-        if (first, stop) != (start, end) and self._is_empty(start, end):
-            self._allocate_ahead(first, stop)
-        with self._clusters.exclusive(start, end - start):
+        with self._held(request):
             self._write(request)
 
-    def _is_empty(self, start: int, end: int) -> bool:
-        """Whether nothing of whole clusters is allocated."""
-        runs = self._mapping.runs(start, end, ahead=False)
-        return all(run.kind is Kind.UNALLOCATED and run.place is None for run in runs)
+    def make_room(self, start: int, end: int) -> tuple[int, int] | None:
+        """Have the bytes [start, end) stored as the zeroes that they are, and some around them, if none of them is yet
+        and that can be done without writing: the bytes [first, stop) that are now, by us or by others; or None."""
+        self._relieve()
+        if not self._ahead.least:
+            return None
+        start, end = self._geometry.span(start, end)
+        window = self._ahead.around(start, end, self._geometry.table_span, self._end)
+        if window is None:
+            return None
+        with self._clusters.attempt(window[0], window[1] - window[0]) as is_free:
+            if is_free:
+                return self._allocate_around(start, end, *window)
+        with self._clusters.exclusive(start, end - start):  # somebody else may be about to do it
+            return None if self._empty_around(start, end, start, end) else (start, end)
 
-    def _allocate_ahead(self, start: int, end: int) -> None:
-        """Allocate the whole clusters [start, end), of one L2 table, as the zeroes that they are: if all of them are
-        empty, nobody is at work on one, and there are clusters in a row that nothing has ever been in."""
-        with self._clusters.attempt(start, end - start) as is_free:
-            if not is_free or not self._is_empty(start, end):
-                return
-            with self._lock:
-                self._order.check()
-                self._mapping.own(start // self._geometry.table_span)
-                place, count = self._host.take(start, self._geometry.clusters(end - start))
-                taken = Piece(start, start + count * self._geometry.cluster_size, place, taken=True)
-                try:
-                    is_zeroed = taken.end == end and self._host.reserve(place, end - start)
-                except OSError:  # no room: perhaps there is for what is written
-                    is_zeroed = False
-                if is_zeroed:
-                    self._mapping.link(start, end, place, discard=self._discard.other)
-                    self._announce(start, end)
-                    self._ahead.took(start, end)
-                else:
-                    self._give_back([taken], 0)
+    def _empty_around(self, start: int, end: int, first: int, stop: int) -> tuple[int, int] | None:
+        """What of the whole clusters [first, stop) is unallocated in one piece with [start, end); None: not all of
+        these are."""
+        for run in self._mapping.runs(first, stop, ahead=False):
+            if run.end > start:
+                is_empty = run.start <= start and end <= run.end and run.kind is Kind.UNALLOCATED and run.place is None
+                return (run.start, run.end) if is_empty else None
+        return None
+
+    def _allocate_around(self, start: int, end: int, first: int, stop: int) -> tuple[int, int] | None:
+        """Allocate [start, end), and all around it in [first, stop) that is empty, too: whole clusters of one L2 table,
+        which are held. What that was; None if there are no clusters in a row that nothing has ever been in."""
+        empty = self._empty_around(start, end, first, stop)
+        if empty is None:
+            return None
+        size = self._geometry.cluster_size
+        with self._lock:
+            self._order.check()
+            self._mapping.own(start // self._geometry.table_span)
+            place, count = self._host.take(start, self._geometry.clusters(empty[1] - empty[0]))
+            first = max(empty[0], min(start, empty[1] - count * size))  # there may be fewer in a row
+            taken = Piece(first, first + count * size, place, taken=True)
+            try:
+                is_zeroed = taken.end >= end and self._host.reserve(place, count * size)
+            except OSError:  # no room: perhaps there is for what is written
+                is_zeroed = False
+            if not is_zeroed:
+                self._give_back([taken], 0)
+                return None
+            self._mapping.link(first, taken.end, place, discard=self._discard.other)
+            self._announce(first, taken.end)
+            self._ahead.took(first, taken.end)
+        return first, taken.end
 
     def _write(self, request: Request) -> None:
         """Write a range whose clusters are held."""
@@ -304,10 +334,19 @@ class Writer:
         vector, place = request.vector.slice(start - request.offset, end - start), piece.place
         if not piece.in_place:
             is_zeroed = self._host.reserve(piece.place, piece.end - piece.start) and piece.taken
-            before = self._surrounding(runs, piece.start, start, place, is_zeroed)
-            place += start - piece.start
-            after = self._surrounding(runs, end, piece.end, place + end - start, is_zeroed)
-            vector, place = before + vector + after, place - before.length
+            if piece.start < start and end < piece.end and end - start < COPIED_OVER_MAX:
+                # One read for what is before and what is behind costs less than two.
+                copy = self._surrounding(runs, piece.start, piece.end, place, is_zeroed)
+                if copy is not NO_VECTOR:
+                    before = copy.slice(0, start - piece.start)
+                    vector = before + vector + copy.slice(end - piece.start, piece.end - end)
+                else:
+                    place += start - piece.start
+            else:
+                before = self._surrounding(runs, piece.start, start, place, is_zeroed)
+                place += start - piece.start
+                after = self._surrounding(runs, end, piece.end, place + end - start, is_zeroed)
+                vector, place = before + vector + after, place - before.length
         finish(self._data.file.write(Request.write(place, vector)))
 
     def _surrounding(self, runs: list[Run], start: int, end: int, place: int, is_zeroed: bool) -> Vector:

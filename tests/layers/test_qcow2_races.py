@@ -128,7 +128,7 @@ def data_file(tmp_path: Path) -> Image:
 
 @contextmanager
 def _opened(image: Image, *, checked: bool = True) -> Iterator[tuple[Files, Reference, Qcow2]]:
-    file, layer = open_recorded(image.file, image.data)
+    file, layer = open_recorded(image.file, image.data, allocation_ahead=0)  # each write allocates by itself
     data = layer.data_file
     assert data is None or isinstance(data, RecordedFile)
     files = Files(file, data)
@@ -514,7 +514,7 @@ class Watched(Layer):
 
 @pytest.mark.parametrize(("variant", "unit"), [("plain", CLUSTER), ("subclusters", SUBCLUSTER)])
 def test_every_change_is_announced_before_the_request_returns(variant: str, unit: int, tmp_path: Path) -> None:
-    file, layer = open_recorded(_create(tmp_path / "image", variant).read_bytes())
+    file, layer = open_recorded(_create(tmp_path / "image", variant).read_bytes(), allocation_ahead=0)
     watched = Watched(layer)
     with open_stack(watched, graph=Graph()) as disk:
         changes: list[tuple[Callable[[], None], tuple[int, int] | None]] = [

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,26 @@ def _opened(path: Path, **options: Any) -> Qcow2:
     return Qcow2(File(str(path)), **options)
 
 
-def test_contiguous_clusters_are_one_extent_to_the_end_of_the_table(tmp_path: Path) -> None:
+def merged(extents: Iterable[Extent]) -> list[Extent]:
+    """The extents, those joined that continue one another: more than was asked for comes in pieces."""
+    found: list[Extent] = []
+    for extent in extents:
+        last = found.pop() if found else Extent(0, extent.target, extent.offset, extent.writable)
+        continues = extent.target in (ZERO, CODE) or last.offset + last.length == extent.offset
+        if continues and last._replace(length=0, offset=0) == extent._replace(length=0, offset=0):
+            extent = last._replace(length=last.length + extent.length)
+        else:
+            found.append(last)
+        found.append(extent)
+    return found
+
+
+def test_contiguous_clusters_are_told_to_the_end_of_the_table(tmp_path: Path) -> None:
     path = create(tmp_path / "image", 8 * MIB, cluster_size=4096)  # an L2 table maps 2 MiB
     qemu_io(path, "write -P 1 0 1M", "write -z 1M 512k", "write -c -P 2 1536k 4k")
     layer = _opened(path)
     with open_stack(layer, read_only=True):
-        extents = list(layer.resolve(4096, 4096, Intent.READ))
+        extents = merged(layer.resolve(4096, 4096, Intent.READ))
     assert [(e.length, e.target) for e in extents] == [
         (1 * MIB - 4096, layer.file), (512 * KIB, ZERO), (4096, CODE), (508 * KIB, ZERO),
     ]  # fmt: skip
@@ -198,7 +213,7 @@ def test_absent_tables_are_not_searched_beyond_what_is_asked(tmp_path: Path) -> 
     path = create(tmp_path / "image", 8 * MIB, cluster_size=4096)
     layer = _opened(path)
     with open_stack(layer, read_only=True):
-        assert list(layer.resolve(4096, 3 * MIB, Intent.READ)) == [Extent(4 * MIB - 4096, ZERO)]
+        assert merged(layer.resolve(4096, 3 * MIB, Intent.READ)) == [Extent(4 * MIB - 4096, ZERO)]
 
 
 def test_unallocated_is_the_backing_file_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -206,10 +221,10 @@ def test_unallocated_is_the_backing_file_as_far_as_it_goes(tmp_path: Path) -> No
     path = create(tmp_path / "image", MIB, backing=tmp_path / "base", backing_format="raw")
     layer = _opened(path)
     with open_stack(layer, read_only=True):
-        extents = list(layer.resolve(4096, 1, Intent.READ))
+        extents = merged(layer.resolve(4096, 1, Intent.READ))
         assert layer.backing
         assert extents == [Extent(96 * KIB + 5, layer.backing, 4096), Extent(MIB - 100 * KIB - 5, ZERO)]
-        assert list(layer.resolve(100 * KIB + 5, 1, Intent.READ)) == [Extent(MIB - 100 * KIB - 5, ZERO)]
+        assert merged(layer.resolve(100 * KIB + 5, 1, Intent.READ)) == [Extent(MIB - 100 * KIB - 5, ZERO)]
 
 
 def test_intents_on_a_writable_image(tmp_path: Path) -> None:

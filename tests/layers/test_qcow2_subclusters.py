@@ -74,7 +74,7 @@ def test_only_the_subclusters_it_touches_are_read_and_written(tmp_path: Path) ->
         disk.write(10 * SUB, b"y" * SUB)
         assert reads == [], "whole subclusters need nothing of what was there"
         disk.write(12 * SUB + 7, b"y")
-        assert reads == [7, SUB - 8]
+        assert reads == [SUB], "what is around it, in one go"
     assert not own_check(file.data).errors
 
 
