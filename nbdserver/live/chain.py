@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from nbdserver.errors import ConfigError
 from nbdserver.extent import FILE_MODE, FileMode
 from nbdserver.format import HasBacking, HasSnapshots
-from nbdserver.graph import bare
+from nbdserver.graph import bare, execute
 from nbdserver.image import allocation
 from nbdserver.image.allocation import Run
-from nbdserver.layer import Layer
+from nbdserver.layer import Layer, finish
+from nbdserver.permissions import ONLOOKER
+from nbdserver.request import Flag, Request
 
 if TYPE_CHECKING:
     from nbdserver.server import Export, Server
@@ -112,3 +114,25 @@ def held(above: Sequence[Layer], start: int, end: int) -> Iterator[Run]:
     for run in allocation.runs(above, start, end):
         if run.present or run.depth < len(above) - 1:
             yield run
+
+
+def rebase(server: Server, image: Layer, old: Layer, base: Layer, name: str) -> None:
+    """Have an image, which is open for writing, stand on ``base`` rather than ``old``, and call it ``name``: both show
+    the same through it, but for what lies behind the end of ``old``, and is zeroes. In a drained section of both.
+
+    Killed at any instant, the image shows what it did, whichever of the two it names. Raises ConfigError, RequestError,
+    OSError, ImageError, with nothing changed that shows.
+    """
+    assert isinstance(image, HasBacking)
+    with server.claimed(old, ONLOOKER):
+        server.redirect(image, old, base)
+        try:
+            # Only now are they zeroes that must be said to be some.
+            for run in allocation.runs([image], old.size, max(min(image.size, base.size), old.size)):
+                if not run.present:
+                    execute(image, Request.zero(run.start, run.length, Flag.WRITE_UNCHANGED))
+            finish(image.flush())
+            image.set_backing(name, name_of(base).format)
+        except BaseException:
+            server.redirect(image, base, old)
+            raise

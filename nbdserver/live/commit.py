@@ -25,7 +25,7 @@ from nbdserver.extent import DirtyBitmap
 from nbdserver.format import Empties, HasBacking
 from nbdserver.jobs import Job
 from nbdserver.layer import Layer, finish
-from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, spelled
+from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, rebase, spelled
 from nbdserver.live.copying import copy, dirty_spans, spans
 from nbdserver.live.filters import CommitTop
 from nbdserver.permissions import ALL, NONE, ONLOOKER, READ, Grant, Permission
@@ -120,13 +120,10 @@ class _CommitBetween(_Commit):
         finish(self.base.flush())
         overlay = self.overlay
         assert isinstance(overlay, HasBacking)
-        with self.server.drained(self.base):
-            name = spelled(self.base, self.above[-1], overlay)
-            with self._writable(overlay):
-                overlay.set_backing(name, name_of(self.base).format)
-            # The overlay becomes one of those who may look.
+        with self.server.drained(self.base), self._writable(overlay):
+            # The overlay is one of those who may look now.
             self.ending.close()
-            self.server.redirect(overlay, self.above[0], self.base)
+            rebase(self.server, overlay, self.above[0], self.base, spelled(self.base, self.above[-1], overlay))
 
     @contextlib.contextmanager
     def _writable(self, image: Layer) -> Iterator[None]:

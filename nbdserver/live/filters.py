@@ -126,10 +126,9 @@ class StreamTop(JobFilter):
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """(start, end, whether images below the active one decide it) of the bytes [start, end)."""
         for run in held(self.above, start, end):
-            is_below = run.depth > 0 or not run.present
             if start < run.start:
                 yield start, run.start, False
-            yield run.start, run.end, is_below
+            yield run.start, run.end, run.depth > 0
             start = run.end
         if start < end:
             yield start, end, False
@@ -156,7 +155,7 @@ class StreamTop(JobFilter):
         OSError, ImageError."""
         with self._ranges.exclusive(offset, length), self._announce(range(offset, offset + length)):
             for run in held(self.above, offset, offset + length):
-                if run.depth > 0 or not run.present:
+                if run.depth > 0:
                     self._keep(run)
 
     def _keep(self, run: Run) -> None:

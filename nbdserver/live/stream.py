@@ -6,8 +6,7 @@
     active ──> mid ──> base        ──>   active
 
 The images below do not change, so a range that has been copied, or written by the guest, is done with. When all is, the
-active image is flushed, and its header made to name what is left of the chain. (Zeroes behind the end of an image that
-is shorter than those around it are copied, too: without it, what is below would show there.)
+active image is flushed, and its header made to name what is left of the chain.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from nbdserver.errors import ConfigError
 from nbdserver.format import HasBacking
 from nbdserver.jobs import Job
 from nbdserver.layer import Layer, finish
-from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, spelled
+from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, rebase, spelled
 from nbdserver.live.copying import PIECE, spans
 from nbdserver.live.filters import StreamTop
 from nbdserver.permissions import ONLOOKER
@@ -57,6 +56,8 @@ class _Stream:
     def prepared(self) -> Iterator[None]:
         server = self.server
         with contextlib.ExitStack() as ending:
+            for image in self.above[1:]:
+                ending.enter_context(server.claimed(image, ONLOOKER, user="a stream"))
             with server.opened_layers(self.filter):
                 ending.enter_context(server.claimed(self.filter, ONLOOKER, user="a stream"))
                 server.replace(self.active, self.filter)
@@ -79,7 +80,7 @@ class _Stream:
         for start, end in spans(size):
             job.progress(start, size)
             for run in held(self.above, start, end):
-                if run.depth == 0 and run.present:
+                if run.depth == 0:
                     continue
                 for offset in range(run.start, run.end, PIECE):
                     length = min(PIECE, run.end - offset)
@@ -95,8 +96,7 @@ class _Stream:
             active.set_backing(None, None)
             self.server.orphan(active)
         else:
-            active.set_backing(spelled(base, self.above[-1], active), name_of(base).format)
-            self.server.redirect(active, self.above[1], base)
+            rebase(self.server, active, self.above[1], base, spelled(base, self.above[-1], active))
 
 
 def check(chain: Sequence[Layer]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ from nbdserver.server import Export
 from nbdserver.service import Service
 from nbdserver.testing import NbdServers
 from nbdserver.uri import NbdUri
-from tests.interop.wire import FLUSH, READ, WRITE, Wire
+from tests.interop.wire import FLUSH, READ, WRITE, WRITE_ZEROES, Wire
 from tests.serving import create, qemu_io
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
 SOON = 30.0
+
+
+#: Images that have been made: to make them anew takes longer than most tests.
+_made: dict[tuple[str, int], bytes] = {}
 
 
 class Live:
@@ -39,15 +46,24 @@ class Live:
     def chain(self, count: int = 3, *, size: int = SIZE, **options: Any) -> list[Path]:
         """Images 0.qcow2, 1.qcow2 on it, and so on, each with a letter of its own in places of its own."""
         paths: list[Path] = []
+        key = f"{size}-{sorted(options.items())}"
         for number in range(count):
-            below = paths[-1] if paths else None
-            paths.append(create(self.directory / f"{number}.qcow2", size, backing=below, **options))
-            letter = ord("a") + number
-            qemu_io(paths[-1], f"write -q -P {letter} {number * 512}k 1M", f"write -q -P {letter} {4 + number}M 64k")
+            path = self.directory / f"{number}.qcow2"
+            if (key, number) not in _made:
+                create(path, size, backing=paths[-1] if paths else None, **options)
+                letter = ord("a") + number
+                qemu_io(path, f"write -q -P {letter} {number * 512}k 1M", f"write -q -P {letter} {4 + number}M 64k")
+                _made[key, number] = path.read_bytes()
+            path.write_bytes(_made[key, number])
+            paths.append(path)
         return paths
 
     def serve(self, path: Path, *, more: str = "", head: str = "") -> Live:
         self.configure(path, more=more, head=head)
+        return self.start()
+
+    def start(self) -> Live:
+        """Serve what the configuration says."""
         config = str(self.directory / "exports.toml")
         self._service = Service(load(config), reread=lambda: load(config), log=self.log.append)
         self._service.start()
@@ -91,11 +107,23 @@ class Live:
             layer = layer.file.layer  # type: ignore[attr-defined]
         return types
 
+    @contextlib.contextmanager
+    def reader(self, path: Path) -> Iterator[None]:
+        """Another program that has an image open."""
+        command = ["qemu-io", "-r", "-f", "qcow2", str(path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+            assert program.stdin is not None and program.stdout is not None
+            program.stdin.write(b"length\n")
+            program.stdin.flush()
+            assert b"MiB" in program.stdout.readline()
+            yield
+            program.stdin.close()
+
     # -- commands --------------------------------------------------------------------------------------------------
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """A control command, as the control socket carries it out; without ``export`` for "vm"."""
-        if command.startswith("block"):
+        if command.startswith(("block", "query-snapshots")) and "id" not in arguments:
             arguments.setdefault("export", "vm")
         function = self._commands[command]
         return function(**_bind(command, function, arguments))
@@ -145,6 +173,10 @@ class Client:
 
     def write(self, offset: int, data: bytes) -> None:
         self.wire.request(WRITE, offset, len(data), data=data)
+        assert self.wire.reply() == (0, 0)
+
+    def zero(self, offset: int, length: int) -> None:
+        self.wire.request(WRITE_ZEROES, offset, length)
         assert self.wire.reply() == (0, 0)
 
     def flush(self) -> None:
