@@ -1,5 +1,5 @@
 """Every test here runs on each backend that can be had."""
 
-from tests.serving import backend
+from tests.serving import backend, tcp
 
-__all__ = ["backend"]
+__all__ = ["backend", "tcp"]

@@ -69,6 +69,8 @@ pub struct Outgoing {
     length: usize,
     /// Bytes ever sent.
     total: u64,
+    /// The socket was full when it was last tried.
+    blocked: bool,
 }
 
 pub enum Sent {
@@ -91,6 +93,11 @@ impl Outgoing {
     /// Bytes ever sent: whether it grows says whether the client reads.
     pub fn total(&self) -> u64 {
         self.total
+    }
+
+    /// Whether there are so many bytes to send, and a socket that may take them.
+    pub fn is_worth_sending(&self, length: usize) -> bool {
+        self.length >= length && !self.blocked
     }
 
     fn push(&mut self, item: Item) {
@@ -242,7 +249,13 @@ impl Outgoing {
     }
 
     /// Send as much as the socket takes. `ended` is called with the weight of each reply that has left whole.
-    pub fn send(
+    fn send(&mut self, transport: &mut Transport, ended: impl FnMut(usize)) -> Result<Sent, Errno> {
+        let sent = self.send_items(transport, ended)?;
+        self.blocked = matches!(sent, Sent::Blocked);
+        Ok(sent)
+    }
+
+    fn send_items(
         &mut self,
         transport: &mut Transport,
         mut ended: impl FnMut(usize),
@@ -319,6 +332,21 @@ pub struct Payload {
     pub filled: usize,
 }
 
+impl Payload {
+    pub fn is_whole(&self) -> bool {
+        self.filled == self.vector.len()
+    }
+
+    /// Where the next bytes of it belong, and whether it is whole with them. None: it is whole.
+    fn rest(&mut self) -> Option<(&mut [u8], bool)> {
+        let left = self.filled..self.vector.len();
+        let length = left.len();
+        let (slot, part) = self.vector.parts(left).next()?;
+        let is_last = part.len() == length;
+        Some((slot.slice_mut(part), is_last))
+    }
+}
+
 pub struct Connection {
     pub transport: Transport,
     pub token: u64,
@@ -337,6 +365,8 @@ pub struct Connection {
     /// Bytes of input to throw away before anything is parsed.
     pub skip: u64,
     pub payload: Option<Payload>,
+    /// The client is sending large payloads.
+    pub bulk: bool,
     /// A request that is carried out in parts: nothing else is begun until the last of them has been.
     pub split: Option<Split>,
     /// A request, or part of one, that waits for memory.
@@ -374,9 +404,45 @@ impl Connection {
         self.requests > incomplete || begun || self.ticket.is_some() || self.parked.is_some()
     }
 
+    /// Receive into what is missing of a payload, and what comes after that into `buffer`. How many bytes there was room
+    /// for, and how many came.
+    pub fn receive(&mut self, buffer: &mut [u8]) -> (usize, Result<usize, Errno>) {
+        let Some((rest, is_last)) = self.payload.as_mut().and_then(Payload::rest) else {
+            return (buffer.len(), self.transport.receive(&mut [], buffer));
+        };
+        let room = if is_last { buffer.len() } else { 0 };
+        let wanted = rest.len() + room;
+        (wanted, self.transport.receive(rest, &mut buffer[..room]))
+    }
+
+    /// Of bytes received, those that the payload was missing are its own. How many are left.
+    pub fn fill_payload(&mut self, received: usize) -> usize {
+        let Some(payload) = &mut self.payload else {
+            return received;
+        };
+        let taken = received.min(payload.vector.len() - payload.filled);
+        payload.filled += taken;
+        received - taken
+    }
+
     /// Whether everything has left.
     pub fn is_silent(&self) -> bool {
         self.outgoing.is_empty() && !self.transport.has_output()
+    }
+
+    /// Send as much as the socket takes.
+    pub fn send(&mut self) -> Result<Sent, Errno> {
+        let Connection {
+            outgoing,
+            transport,
+            requests,
+            weight,
+            ..
+        } = self;
+        outgoing.send(transport, |bytes| {
+            *requests -= 1;
+            *weight -= bytes;
+        })
     }
 
     /// Queue a reply. After a part's, the next part may begin; after one that failed nobody wants the others.

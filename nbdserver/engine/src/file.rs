@@ -3,6 +3,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -25,10 +26,13 @@ use crate::vector::Vector;
 const STATX_DIOALIGN: u32 = 0x2000;
 /// The kernel's bound on one vectored call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
-/// A buffered write slower than this means that the kernel is throttling writers of this file...
+/// A buffered write that waits for longer than this means that the kernel is throttling writers of this file...
 const SLOW_WRITE: Duration = Duration::from_millis(2);
 /// ...and for this long its writes are not made on a worker that other connections wait for.
 const SLOW_MEMORY: Duration = Duration::from_millis(100);
+/// After a write that took long, writes are watched for this long: did they wait for the kernel, or have other threads just
+/// had the processor?
+const WATCH_MEMORY: Duration = Duration::from_millis(200);
 /// Zeroes are written out in pieces of this size where the file system cannot zero.
 const ZERO_CHUNK: usize = 1 << 20;
 
@@ -90,6 +94,7 @@ pub struct File {
     nowait: AtomicBool,
     epoch: Instant,
     slow_until_ms: AtomicU64,
+    watched_until_ms: AtomicU64,
     syncs: Mutex<Syncs>,
     synced: Condvar,
     means: Means,
@@ -135,6 +140,7 @@ impl File {
             nowait: AtomicBool::new(true),
             epoch: Instant::now(),
             slow_until_ms: AtomicU64::new(0),
+            watched_until_ms: AtomicU64::new(0),
             syncs: Mutex::default(),
             synced: Condvar::new(),
             means,
@@ -289,16 +295,29 @@ impl File {
     /// Write `range` of `vector`, blocking; the file grows as needed.
     pub fn write(&self, offset: u64, vector: &Vector, range: Range<usize>) -> Result<(), Errno> {
         let began = Instant::now();
+        let now_ms = (began - self.epoch).as_millis() as u64;
+        let watched = now_ms < self.watched_until_ms.load(Relaxed);
+        let before = watched.then(processor_wait);
         crate::points::reached("file.write");
         let result = match self.direct {
             None => self.write_aligned(offset, vector, range),
             Some(alignment) => self.write_direct(alignment, offset, vector, range),
         };
         if self.direct.is_none() && began.elapsed() > SLOW_WRITE {
-            let until = self.epoch.elapsed() + SLOW_MEMORY;
-            self.slow_until_ms.store(until.as_millis() as u64, Relaxed);
+            self.was_slow(began, before);
         }
         result
+    }
+
+    /// A write that began then took long; `before` is what `processor_wait` said before it, if that was asked.
+    fn was_slow(&self, began: Instant, before: Option<Duration>) {
+        let until = |memory| (self.epoch.elapsed() + memory).as_millis() as u64;
+        self.watched_until_ms.store(until(WATCH_MEMORY), Relaxed);
+        if let Some(before) = before
+            && began.elapsed().saturating_sub(processor_wait() - before) > SLOW_WRITE
+        {
+            self.slow_until_ms.store(until(SLOW_MEMORY), Relaxed);
+        }
     }
 
     fn write_direct(
@@ -635,6 +654,21 @@ fn set_direct(fd: &OwnedFd) -> Result<Alignment, Errno> {
         return Ok(ALIGNMENT_UNKNOWN);
     }
     Ok(Alignment { memory, block })
+}
+
+thread_local! {
+    /// What the kernel tells of this thread's turns on the processor: Documentation/scheduler/sched-stats.rst, the part on
+    /// /proc/<pid>/schedstat. None where it does not.
+    static SCHEDSTAT: Option<std::fs::File> = std::fs::File::open("/proc/thread-self/schedstat").ok();
+}
+
+/// How long this thread has been ready to run, so far, while others had the processor; zero where the kernel does not tell.
+fn processor_wait() -> Duration {
+    let mut line = [0; 64];
+    let told = SCHEDSTAT.with(|file| file.as_ref()?.read_at(&mut line, 0).ok());
+    let text = std::str::from_utf8(&line[..told.unwrap_or(0)]).unwrap_or_default();
+    let wait = text.split_ascii_whitespace().nth(1);
+    Duration::from_nanos(wait.and_then(|word| word.parse().ok()).unwrap_or(0))
 }
 
 fn unsupported(errno: Errno) -> bool {

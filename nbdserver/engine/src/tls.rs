@@ -3,8 +3,9 @@
 //! OpenSSL reads from and writes to memory (`Pipe`); `Transport` moves that memory to and from the socket, many records at
 //! a time. So nothing here ever waits, and a record is encrypted once, whatever the socket takes.
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::LazyLock;
 
@@ -19,15 +20,17 @@ use openssl::ssl::{
 use openssl::x509::store::X509Lookup;
 use openssl::x509::verify::X509VerifyFlags;
 use openssl::x509::{X509NameRef, X509VerifyResult};
+use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendFlags, recv, recvmsg, send};
 
 /// The most that one record holds: RFC 8446, "Record Layer".
 const RECORD_MAX: usize = 16 << 10;
 /// What one receive takes in.
 const RECEIVE: usize = 128 << 10;
-/// Encrypted bytes that may wait for the socket.
-const OUTPUT_MAX: usize = 512 << 10;
+/// Encrypted bytes that wait for the socket before it is tried: several records for a call, and still in the processor's
+/// cache.
+const OUTPUT_MAX: usize = 128 << 10;
 
 /// Where the callback for pre-shared keys leaves the name of the key that the client chose.
 static IDENTITY: LazyLock<Index<Ssl, String>> =
@@ -145,6 +148,28 @@ pub struct Peer {
     pub cipher: String,
 }
 
+thread_local! {
+    /// Memory for a `Pipe`, which only those that have bytes waiting keep.
+    static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// What is put together for a record.
+    static RECORD: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Memory for a pipe that has none, if there is any to spare.
+fn furnish(memory: &mut Vec<u8>) {
+    if memory.capacity() == 0 {
+        *memory = SPARE.take();
+    }
+}
+
+/// Empty memory of a pipe is for another one, with which it is already in the processor's cache.
+fn spare(memory: &mut Vec<u8>) {
+    if memory.capacity() > 0 {
+        memory.clear();
+        SPARE.set(std::mem::take(memory));
+    }
+}
+
 /// Memory that OpenSSL takes for a socket.
 #[derive(Default)]
 struct Pipe {
@@ -168,6 +193,7 @@ impl Read for Pipe {
 
 impl Write for Pipe {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        furnish(&mut self.output);
         self.output.extend_from_slice(bytes);
         Ok(bytes.len())
     }
@@ -182,7 +208,6 @@ pub struct Tls {
     stream: SslStream<Pipe>,
     /// Of the output: sent.
     sent: usize,
-    scratch: Vec<u8>,
 }
 
 /// How a handshake goes.
@@ -200,7 +225,6 @@ impl Tls {
         Ok(Tls {
             stream: SslStream::new(ssl, Pipe::default())?,
             sent: 0,
-            scratch: Vec::new(),
         })
     }
 
@@ -253,12 +277,12 @@ impl Tls {
             pipe.input.clear();
             pipe.taken = 0;
         }
-        let old = pipe.input.len();
-        pipe.input.resize(old + RECEIVE, 0);
-        let got = recv(socket, &mut pipe.input[old..], RecvFlags::DONTWAIT).map(|got| got.0);
-        pipe.input.truncate(old + *got.as_ref().unwrap_or(&0));
+        furnish(&mut pipe.input);
+        pipe.input.reserve(RECEIVE);
+        let room = spare_capacity(&mut pipe.input);
+        let got = recv(socket, room, RecvFlags::DONTWAIT).map(|got| got.0);
         if pipe.input.is_empty() {
-            pipe.input = Vec::new(); // a connection that waits keeps no memory
+            spare(&mut pipe.input);
         }
         got
     }
@@ -319,10 +343,18 @@ impl Tls {
         &mut self,
         slices: &mut std::iter::Peekable<impl Iterator<Item = &'a [u8]>>,
     ) -> Result<usize, Errno> {
-        self.scratch.clear();
+        if let Some(slice) = slices.peek_mut()
+            && slice.len() >= RECORD_MAX
+        {
+            let sealed = self.stream.ssl_write(slice).map_err(|_| Errno::PROTO)?;
+            *slice = &slice[sealed..];
+            return Ok(sealed);
+        }
+        let mut record = RECORD.take();
+        record.clear();
         while let Some(slice) = slices.peek_mut() {
-            let count = slice.len().min(RECORD_MAX - self.scratch.len());
-            self.scratch.extend_from_slice(&slice[..count]);
+            let count = slice.len().min(RECORD_MAX - record.len());
+            record.extend_from_slice(&slice[..count]);
             *slice = &slice[count..];
             if !slice.is_empty() {
                 break;
@@ -330,10 +362,11 @@ impl Tls {
             slices.next();
         }
         let mut sealed = 0;
-        while sealed < self.scratch.len() {
-            let count = self.stream.ssl_write(&self.scratch[sealed..]);
+        while sealed < record.len() {
+            let count = self.stream.ssl_write(&record[sealed..]);
             sealed += count.map_err(|_| Errno::PROTO)?;
         }
+        RECORD.set(record);
         Ok(sealed)
     }
 
@@ -347,14 +380,8 @@ impl Tls {
                 Err(errno) => return Err(errno),
             }
         }
-        let pipe = self.stream.get_mut();
         self.sent = 0;
-        if pipe.output.capacity() > RECORD_MAX {
-            pipe.output = Vec::new(); // a connection that waits keeps no memory
-            self.scratch = Vec::new();
-        } else {
-            pipe.output.clear();
-        }
+        spare(&mut self.stream.get_mut().output);
         Ok(())
     }
 
@@ -433,11 +460,34 @@ impl Transport {
         self.tls.as_ref().is_some_and(|tls| tls.has_output())
     }
 
-    pub fn receive(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        match &mut self.tls {
-            None => recv(&self.socket, buffer, RecvFlags::empty()).map(|got| got.0),
-            Some(tls) => tls.receive(&self.socket, buffer),
+    /// Receive into `first` and, once that is full, into `second`. 0: the client has closed its side. AGAIN: there is
+    /// nothing now.
+    pub fn receive(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Errno> {
+        let Some(tls) = &mut self.tls else {
+            if first.is_empty() {
+                return recv(&self.socket, second, RecvFlags::empty()).map(|got| got.0);
+            }
+            let mut slices = [IoSliceMut::new(first), IoSliceMut::new(second)];
+            let mut control = RecvAncillaryBuffer::default();
+            let received = recvmsg(&self.socket, &mut slices, &mut control, RecvFlags::empty());
+            return received.map(|received| received.bytes);
+        };
+        let mut received = 0;
+        for buffer in [first, second]
+            .into_iter()
+            .filter(|buffer| !buffer.is_empty())
+        {
+            let wanted = buffer.len();
+            match tls.receive(&self.socket, buffer) {
+                Ok(got) => received += got,
+                Err(Errno::AGAIN) if received > 0 => {}
+                Err(errno) => return Err(errno),
+            }
+            if received < wanted {
+                break;
+            }
         }
+        Ok(received)
     }
 
     pub fn close(&mut self) {

@@ -25,10 +25,17 @@ use crate::ring::Ring;
 use crate::tls::{Progress, Transport};
 use crate::transfer::{Transfer, charge, finish_read, is_code, plan, prepare_write, run_all};
 use crate::vector::Vector;
-use crate::wire::{self, Header, REQUEST_SIZE, Rules, Verdict, command};
+use crate::wire::{self, Header, Rules, Verdict, command};
 
 /// What one receive takes in: many small requests, or a large part of a payload.
 const RECEIVE: usize = 256 << 10;
+/// The same from a client that is sending large payloads: what comes along with a request has to be copied to its memory.
+const RECEIVE_BULK: usize = 512;
+/// A payload that makes a client one that sends large ones.
+const BULK: usize = 32 << 10;
+/// Bytes to send that do not wait for the rest of the batch: while they are in the processor's cache, and so that the client
+/// has something to do meanwhile.
+const SEND_SOON: usize = 128 << 10;
 /// Receives for one connection before others have their turn.
 const RECEIVES_MAX: usize = 4;
 /// What is begun for one connection before others have their turn: so many requests, and fewer where they are long.
@@ -403,6 +410,7 @@ impl Worker {
             input: Vec::new(),
             skip: 0,
             payload: None,
+            bulk: false,
             split: None,
             ticket: None,
             parked: None,
@@ -500,17 +508,17 @@ impl Worker {
             if !connection.is_listening() {
                 break;
             }
-            let direct = connection.payload.is_some();
             let kept = connection.input.len();
-            let received = if let Some(payload) = &mut connection.payload {
-                receive_payload(&mut connection.transport, payload)
+            let room = if connection.bulk {
+                RECEIVE_BULK
             } else {
-                if scratch.len() < kept + REQUEST_SIZE {
-                    scratch.resize(kept + RECEIVE, 0);
-                }
-                scratch[..kept].copy_from_slice(&connection.input);
-                connection.transport.receive(&mut scratch[kept..])
+                RECEIVE
             };
+            if scratch.len() < kept + room {
+                scratch.resize(kept + room, 0);
+            }
+            scratch[..kept].copy_from_slice(&connection.input);
+            let (wanted, received) = connection.receive(&mut scratch[kept..kept + room]);
             let got = match received {
                 Ok(0) => {
                     connection.deaf = true;
@@ -524,29 +532,18 @@ impl Worker {
                 Err(Errno::INTR) => continue,
                 Err(_) => return Err(()),
             };
-            if direct {
-                let payload = connection
-                    .payload
-                    .as_mut()
-                    .expect("the payload received into");
-                payload.filled += got;
-                if payload.filled == payload.vector.len() {
-                    let payload = connection
-                        .payload
-                        .take()
-                        .expect("the payload received into");
-                    self.begin(connection, payload.header, payload.vector, None);
-                }
-                continue;
+            let beyond = connection.fill_payload(got);
+            if let Some(payload) = connection.payload.take_if(|payload| payload.is_whole()) {
+                self.begin(connection, payload.header, payload.vector, None);
             }
             connection.input = Vec::new(); // a connection that waits keeps no memory
-            let total = kept + got;
+            let total = kept + beyond;
             let consumed = self.parse(connection, &scratch[..total])?;
             connection
                 .input
                 .extend_from_slice(&scratch[consumed..total]);
-            if total < scratch.len() {
-                break; // the socket is empty, or will say so again
+            if got < wanted {
+                break; // the socket is empty, and will say when it no longer is
             }
         }
         Ok(())
@@ -595,6 +592,9 @@ impl Worker {
             match consumed {
                 Some(count) => position += count,
                 None => return Ok(position),
+            }
+            if connection.outgoing.is_worth_sending(SEND_SOON) {
+                self.send(connection).map_err(|_| ())?;
             }
         }
     }
@@ -873,6 +873,7 @@ impl Worker {
         if let Phase::Transmission(session, _) = &connection.phase {
             connection.weight += status_length(&header, session, named.as_deref());
         }
+        connection.bulk = header.command == command::WRITE && vector.len() >= BULK;
         if header.command != command::WRITE {
             self.begin(connection, header, vector, named);
             return 0;
@@ -1260,6 +1261,16 @@ impl Worker {
         }
     }
 
+    /// Send as much as the socket takes.
+    fn send(&self, connection: &mut Connection) -> Result<Sent, Errno> {
+        let before = connection.outgoing.total();
+        let sent = connection.send();
+        if connection.outgoing.total() > before {
+            connection.active = self.now;
+        }
+        sent
+    }
+
     /// False or Err: the connection is over.
     fn tidy_one(&mut self, connection: &mut Connection) -> Result<bool, ()> {
         let waits_for_room = |connection: &Connection| {
@@ -1270,21 +1281,7 @@ impl Worker {
                 && !connection.awaits_part()
         };
         loop {
-            let Connection {
-                outgoing,
-                transport,
-                requests,
-                weight,
-                ..
-            } = &mut *connection;
-            let before = outgoing.total();
-            let sent = outgoing.send(transport, |bytes| {
-                *requests -= 1;
-                *weight -= bytes;
-            });
-            if outgoing.total() > before {
-                connection.active = self.now;
-            }
+            let sent = self.send(connection);
             let room = self.has_room(connection);
             match sent {
                 Err(_) => return Err(()),
@@ -1429,17 +1426,6 @@ impl Worker {
         }
         self.tidy();
     }
-}
-
-/// Receive more of a payload, straight into its memory.
-fn receive_payload(transport: &mut Transport, payload: &mut Payload) -> Result<usize, Errno> {
-    let left = payload.filled..payload.vector.len();
-    let (slot, part) = payload
-        .vector
-        .parts(left)
-        .next()
-        .expect("a payload that is not whole");
-    transport.receive(slot.slice_mut(part))
 }
 
 fn count_request(request: &Request) {
