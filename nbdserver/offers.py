@@ -75,6 +75,8 @@ class Client:
     who: Peer = UNKNOWN
     listener: Listener | None = None
     tls: Any = None
+    #: How its requests are framed, once it has begun transmission (`handshake.Style`).
+    style: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """What there is to tell, as JSON has it."""
@@ -90,6 +92,7 @@ class Client:
             "identity": self.who.identity,
             "since": self.since,
             "export": export,
+            "style": self.style,
         }
         return {**about, **self.connection.counters()}
 

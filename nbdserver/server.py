@@ -1184,6 +1184,7 @@ class Server:
 
     def _begin(self, event: _engine.Event, action: Begin, client: Client) -> None:
         assert isinstance(client.export, Export), "entered before it was answered"
+        client.style = action.style.value
         contexts, block_min = list(action.contexts), action.export.minimum_block
         event.begin(action.data, client.export.engine_export, action.style, contexts, action.payload_max, block_min)
 

@@ -137,7 +137,7 @@ def test_what_a_client_is(offers: Offers[Disk]) -> None:
     there.who = Peer(uid=1000, subject="CN=alice")
     assert there.describe() == {
         **{"id": 7, "address": "unix", "pid": 5, "uid": 1000, "subject": "CN=alice", "identity": None},
-        **{"since": 0.0, "export": "a", "requests": 3},
+        **{"since": 0.0, "export": "a", "style": None, "requests": 3},
     }
 
 
