@@ -35,11 +35,12 @@ CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS_EXT, CHUNK_ERROR = 0, 1, 2, 6, 
 class Wire:
     """A connection at whatever stage its methods have brought it to."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, source: str = "") -> None:
+        """``source``: the address to come from, by TCP."""
         address = parse(uri)
         self.export = address.export
         if address.socket is None:
-            self.socket = socket.create_connection((address.host, address.port))
+            self.socket = socket.create_connection((address.host, address.port), source_address=(source, 0))
         else:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(address.socket)

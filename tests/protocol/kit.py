@@ -78,8 +78,8 @@ class Answer:
 class Client(Wire):
     """A connection whose greeting has been answered."""
 
-    def __init__(self, uri: str, *, flags: int | None = 3) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: str, *, flags: int | None = 3, source: str = "") -> None:
+        super().__init__(uri, source=source)
         self.style = Style.SIMPLE
         greeting = self.receive(18)
         assert greeting == b"NBDMAGICIHAVEOPT\0\3"
