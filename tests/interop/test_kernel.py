@@ -130,6 +130,32 @@ disconnect
         machine.wait_for("done")
 
 
+def test_qemu_nbd_connects(nbd_server: NbdServers, tmp_path: Path) -> None:
+    """Linux's client by way of QEMU's: ``qemu-nbd --connect`` of an NBD URI."""
+    disk = create(tmp_path / "disk.qcow2", "1G")
+    server = nbd_server.process("-f", "qcow2", str(disk), tcp=True)
+    script = f"""{FUNCTIONS}
+mkdir -p /var/lock
+has_size() {{ [ "$(cat /sys/block/nbd0/size)" -gt 0 ]; }}
+connect() {{
+    qemu-nbd -f raw -c /dev/nbd0 "$@" || die "connect $*"
+    wait_for 20 test -s /sys/block/nbd0/pid
+    wait_for 20 has_size
+}}
+disconnect() {{
+    qemu-nbd -d /dev/nbd0 >/dev/null || die disconnect
+    while [ -e /sys/block/nbd0/pid ]; do sleep 0.1; done
+}}
+cycle ext4 nbd://{vm.HOST}:{parse(server.uri()).port}/disk.qcow2
+"""
+    tools = ("qemu-nbd", *TOOLS)
+    with vm.Machine(tmp_path, script, tools=tools, modules=MODULES) as machine:
+        machine.wait_for("done")
+    server.terminate()
+    run("qemu-img", "check", disk)
+    assert used(disk) < 200 << 20, "what was trimmed has been given back"
+
+
 def test_guest_boots_from_an_export(nbd_server: NbdServers, tmp_path: Path) -> None:
     """QEMU's own client, and a system whose root is a qcow2 chain of ours."""
     root = tmp_path / "root"
