@@ -43,10 +43,10 @@ Why, step by step. Let a *reference* be anything in the file that names a cluste
 - *In an external data file* that is so of every cluster, for each has its one place there. Nothing is counted; but
   storage is given back by release, where it cannot be missed by an older entry, unless it is in use again.
 - *Compressed clusters share clusters of the file*, each of which counts all that have bytes in it. A count is raised as
-  that of a new cluster is set: before an entry can be in the file. Compressed data never changes; what goes beside is
-  written without it, so that a sector of which either has a part shows its bytes whether that got out or not. And from
-  the cut on that retires one of them, nothing more is put beside it: release looks once, before it discards, whether a
-  cluster has other users.
+  that of a new cluster is set: before an entry can be in the file. Compressed data never changes; what goes beside it
+  is written without it, so that a sector of which both have a part shows its bytes whether that got out or not. And
+  from the cut on that retires one of them, nothing more is put beside it: release looks once, before it discards,
+  whether a cluster has other users.
 
 Points in time (`snapshots`, `resize`) change what the image is. Each is a switch, which one sector brings about, with
 whatever it takes before and after. What comes before may be spread over any number of cuts, and so may what comes

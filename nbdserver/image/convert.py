@@ -227,6 +227,8 @@ class Conversion:
             raise ConfigError("what is compressed cannot be preallocated", file=self.target, key="preallocation")
         if getattr(options, "encrypt_format", None) is not None:
             raise ConfigError("what is compressed is not encrypted", file=self.target, key="encrypt.format")
+        if getattr(options, "data_file", None):
+            raise ConfigError("nothing is compressed in an external data file", file=self.target, key="data_file")
 
     # -- the data ---------------------------------------------------------------------------------------------------
 

@@ -58,9 +58,9 @@ class Copy:
     ``sparse``: data has zeroes left out (or zeroed) that fill at least so many aligned bytes; 0: it is not searched.
     ``fills_holes``: what is known to be zeroes is written, too, rather than left out or zeroed. ``is_zeroed``: the
     target is zeroes where it has not been written. ``flags``: of writes. ``unit``: of compressed writes, what is
-    compressed at once: ranges are whole units then. ``salvage``: is told of what cannot be read, and is zeroes then;
-    None: that is an error. ``rate``: bytes a second. ``in_order``: one piece is written after the other.
-    ``offload``: have the kernel copy from file to file where it can, zeroes and all.
+    compressed at once: ranges are whole units then, but for the end of the source. ``salvage``: is told of what cannot
+    be read, and is zeroes then; None: that is an error. ``rate``: bytes a second. ``in_order``: one piece is written
+    after the other. ``offload``: have the kernel copy from file to file where it can, zeroes and all.
     """
 
     source: Layer
@@ -134,7 +134,8 @@ class Copy:
         requests = []
         for start, stop, is_zero in self._parts(piece, data):
             if not is_zero:
-                requests.append(Request.write(piece.start + start, Vector.of(data[start:stop]), self.flags))
+                flags = self._flags(piece.start + stop)
+                requests.append(Request.write(piece.start + start, Vector.of(data[start:stop]), flags))
             elif not self.is_zeroed:
                 requests.append(Request.zero(piece.start + start, stop - start, Flag.MAY_UNMAP))
         return requests
@@ -150,6 +151,10 @@ class Copy:
             except (NbdserverError, OSError) as error:
                 name = self.target.filename
                 raise ImageError(f"cannot be written at byte {request.offset}: {error}", path=name) from error
+
+    def _flags(self, end: int) -> Flag:
+        """Those for data that ends there. A unit that goes on behind the source is not compressed."""
+        return self.flags if end % self.unit == 0 or end == self.target.size else Flag.NONE
 
     def _parts(self, piece: Range, data: memoryview) -> Iterable[tuple[int, int, bool]]:
         if not self.sparse:

@@ -34,6 +34,20 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("case", ["different", "old one is shorter"])
+def test_what_is_copied_is_compressed(case: str, tmp_path: Path) -> None:
+    for name, (mib, *writes) in zip(("old", "new"), CASES[case], strict=True):
+        _backing(tmp_path / name, mib * MIB, *writes)
+    path = create(tmp_path / "disk", 6 * MIB + 512, backing=tmp_path / "old")
+    qemu_io(path, "write -P 9 100k 200k")
+    before = content(path)
+    image("rebase", "-c", "-b", "new", "-F", "qcow2", path)
+    check(path)
+    assert content(path) == before
+    found = image_json("check", path)
+    assert found["compressed-clusters"] == found["allocated-clusters"] - 4 > 10
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 def test_as_qemu_rebases(case: str, compat: str, tmp_path: Path) -> None:
