@@ -80,7 +80,9 @@ class CopyBeforeWrite(Layer):
     min_cluster_size: Size = 0
 
     is_filter: ClassVar[bool] = True
-    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    supported_write_flags: ClassVar[Flag] = (
+        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
+    )
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="bounces: it is passed on, after old data has been copied through pool memory",

@@ -48,7 +48,10 @@ class JobFilter(Layer):
 class CommitTop(JobFilter):
     """Knows what the guest writes: all of it is mapped, and marked in a bitmap before it is answered."""
 
-    buffers: ClassVar[Buffers] = Buffers(read="none: always mapped", write="none: always mapped", zero="none")
+    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.WRITE_COMPRESSED
+    buffers: ClassVar[Buffers] = Buffers(
+        read="none: always mapped", write="keeps: mapped, or passed on to be compressed", zero="none: always mapped"
+    )
 
     def open(self, opener: Opener) -> None:
         self._log = self.dirty_log = opener.dirty_log()
@@ -66,6 +69,10 @@ class CommitTop(JobFilter):
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
         end = offset + length if intent is Intent.ZERO else self.size
         yield Extent(end - offset, self.file, offset, writable=True)
+
+    def write(self, request: Request) -> None:
+        """Called for what is to be compressed below: everything else is mapped."""
+        finish(self.file.write(request))
 
     def take(self) -> DirtyBitmap:
         """What has been written since the last time, or since this layer was put in: whatever is answered after this
@@ -92,7 +99,9 @@ class StreamTop(JobFilter):
     #: The active image, and those below it of which it takes in what they hold.
     above: tuple[Layer, ...] = ()
 
-    supported_write_flags: ClassVar[Flag] = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_UNCHANGED
+    supported_write_flags: ClassVar[Flag] = (
+        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
+    )
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: passed on",
         write="keeps: the image is given it",

@@ -108,14 +108,17 @@ IMAGES: dict[str, dict[str, Any]] = {
     "4k": {"cluster_size": 4096},
     "subclusters": {"extended_l2": "on", "cluster_size": 65536},
     "v2": {"compat": "0.10", "cluster_size": 4096},
+    "compressed": {"cluster_size": 16384},
 }
 
 
-@pytest.mark.parametrize("name", IMAGES if FULL else ("4k", "subclusters"))
+@pytest.mark.parametrize("name", IMAGES if FULL else ("4k", "subclusters", "compressed"))
 def test_nothing_is_lost_or_mixed_up_while_images_come_and_go(live: Live, name: str) -> None:
     path = live.chain(3, **IMAGES[name])[-1]
     model = Model(SIZE, initial=content(path))
     live.serve(path)
+    if name == "compressed":  # by whatever images there are, of clusters of any size
+        live.service.add_filter("vm", {"type": "compress"}, "")
     with Storm(live.uri(), model, seed=SEED, weather=Weather(length_max=128 << 10)) as storm:
         changes = Changes(live, SEED + zlib.crc32(live.engine.encode()))
         try:

@@ -26,6 +26,7 @@ FILTERS = (
     {"type": "throttle", "bps_total": "200M", "iops_total": 20000},
     {"type": "detect-zeroes", "detect_zeroes": "unmap"},
     {"type": "copy-on-read"},
+    {"type": "compress"},
     {"type": "copy-before-write", "target": [{"type": "memory", "size": SIZE}]},
 )
 
