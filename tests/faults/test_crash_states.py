@@ -37,6 +37,7 @@ DISKS: dict[str, dict[str, Any]] = {
     "subclusters": {"cluster_size": 16384, "extended_l2": "on"},
     "data file": {"cluster_size": 4096, "data_file": "beside"},
     "data file, subclusters": {"cluster_size": 16384, "data_file": "beside", "extended_l2": "on"},
+    "compressed": {"cluster_size": 8192},
 }
 SIZE = 4 * MIB
 
@@ -78,9 +79,9 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
     initial = {file: file.read_bytes() for file in (path, data_beside(path)) if file.exists()}
     model = Model(SIZE, initial=content(path), crashes=True)
     told = Acknowledged(model, memory / "record" / "record.bin")
-    arguments = ("--format", "qcow2", "--backend", backend, "--record", memory / "record")
+    served = (_compressed(path),) if name == "compressed" else (path, "--format", "qcow2")
     with (
-        nbd_server.process(path, *arguments) as server,
+        nbd_server.process(*served, "--backend", backend, "--record", memory / "record") as server,
         Storm(server.uri(), model, seed=SEED, weather=WEATHER, acknowledged=told) as storm,
     ):
         storm.run(operations=OPERATIONS)
@@ -104,6 +105,14 @@ def test_crash_states(nbd_server: NbdServers, memory: Path, backend: str, name: 
             model.check_crashed(_read_all(path, backend), told.tick(position))
         except AssertionError as error:
             raise AssertionError(f"state {number}, a crash at {position} of the recording: {error}") from error
+
+
+def _compressed(path: Path) -> Path:
+    """A configuration that has all compressed that is written into the image."""
+    configuration = path.parent / "exports.toml"
+    layers = f'[{{type = "compress"}}, {{type = "qcow2"}}, {{type = "file", path = "{path}"}}]'
+    configuration.write_text(f'[exports.""]\nlayers = {layers}\n')
+    return configuration
 
 
 def _repair_leaks(path: Path) -> None:
