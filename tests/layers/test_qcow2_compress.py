@@ -23,7 +23,7 @@ from tests.layers.flag_kit import Growing
 from tests.layers.qcow2_check import check
 from tests.layers.qcow2_kit import GARBAGE, Fails, Operation, RecordedFile, Thread, open_recorded
 from tests.registered import Seen, open_registered, registered
-from tests.serving import SEED, content, create, run, run_json
+from tests.serving import SEED, amount, content, create, qemu_io, run, run_json
 from tests.serving import check as qemu_check
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -113,6 +113,40 @@ def test_qemu_reads_what_we_compressed(name: str, tail: int, tmp_path: Path) -> 
     assert content(path) == model
     found = check(path.read_bytes())
     assert not found.errors and not found.leaks
+
+
+@pytest.mark.parametrize("name", ["4k", "subclusters, zstd", "version 2"])
+def test_in_turns_with_qemu(name: str, tmp_path: Path) -> None:
+    """Each compresses, discards and writes over parts of what the other has compressed; now and then a snapshot."""
+    cluster = ({"cluster_size": CLUSTER} | MATRIX[name])["cluster_size"]
+    size = 64 * cluster + 512
+    path, pick = create(tmp_path / "disk", size, **({"cluster_size": cluster} | MATRIX[name])), random.Random(SEED)
+    model = bytearray(size)
+    for turn in range(amount(4, 40)):
+        with open_stack(Qcow2(File(str(path)))) as disk:
+            assert disk.read(0, size) == model
+            for number in range(20):
+                start = pick.randrange(64) * cluster
+                length = min(pick.randint(1, 4) * cluster, size - start)
+                data = text(turn * 100 + number, length)
+                if pick.random() < 0.6:
+                    write(disk, start, data)
+                else:
+                    start, data = start + 1000, data[: length - 1500]
+                    disk.write(start, data)
+                model[start : start + len(data)] = data
+        starts = [cluster * index for index in pick.sample(range(64), 10)]
+        for letter, start in enumerate(starts):
+            model[start : start + cluster] = bytes([letter + 65]) * cluster
+            model[start + 512 : start + 1536] = bytes([letter + 97]) * 1024
+        # One after the other: once a cluster has been discarded, QEMU 10 may compress into what is another's by now.
+        qemu_io(path, *(f"discard {start} {cluster}" for start in starts))
+        qemu_io(path, *(f"write -c -P {letter + 65} {start} {cluster}" for letter, start in enumerate(starts)))
+        qemu_io(path, *(f"write -P {letter + 97} {start + 512} 1024" for letter, start in enumerate(starts)))
+        qemu_check(path)
+        if turn % 3 == 0:
+            run("qemu-img", "snapshot", "-c", f"s{turn}", path)
+    assert content(path) == model
 
 
 def test_both_count_the_same(tmp_path: Path) -> None:
