@@ -51,6 +51,7 @@ class ChainCommands:
             self._check_lasting(found)
             old = chain.active(found.root)
             snapshot.insert_overlay(self._server, found, path, self._service.roots)
+            self._service.say(f"export {found.name!r} writes {path} now; {old.filename} is its backing file")
         return {"file": path, "backing": old.filename}
 
     def commit(

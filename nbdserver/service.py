@@ -522,6 +522,10 @@ class Service:
                     raise ConfigError(f"export {other.name!r} uses layers of export {name!r}, too")
                 yield export
 
+    def say(self, line: str) -> None:
+        """Write a line to the log."""
+        self._log(line)
+
     def quit(self) -> None:
         """Have whoever runs this service stop it."""
         self._on_quit()

@@ -58,8 +58,8 @@ class Live:
             paths.append(path)
         return paths
 
-    def serve(self, path: Path, *, more: str = "", head: str = "") -> Live:
-        self.configure(path, more=more, head=head)
+    def serve(self, path: Path, *, more: str = "", head: str = "", engine: str = "") -> Live:
+        self.configure(path, more=more, head=head, engine=engine)
         return self.start()
 
     def start(self) -> Live:
@@ -70,9 +70,9 @@ class Live:
         self._commands = dict(Commands(self._service, str(self.directory)).table())
         return self
 
-    def configure(self, path: Path, *, more: str = "", head: str = "") -> None:
+    def configure(self, path: Path, *, more: str = "", head: str = "", engine: str = "") -> None:
         (self.directory / "exports.toml").write_text(
-            f'listen = ["{self.address}"]\n{head}\n[engine]\nbackend = "{self.engine}"\n'
+            f'listen = ["{self.address}"]\n{head}\n[engine]\nbackend = "{self.engine}"\n{engine}\n'
             f'[exports.vm]\nimage = "{path}"\nformat = "{path.suffix[1:]}"\n{more}'
         )
 
@@ -118,6 +118,11 @@ class Live:
             assert b"MiB" in program.stdout.readline()
             yield
             program.stdin.close()
+
+    @property
+    def modes(self) -> set[str]:
+        """How the files of all images are cached."""
+        return {chain.mode_of(image).cache for image in chain.images(self.export.root)}
 
     # -- commands --------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,35 @@ def test_a_base_of_another_cluster_size(live: Live, cluster_size: int) -> None:
     check(base)
 
 
+def test_a_base_with_an_external_data_file(live: Live) -> None:
+    base = create(live.directory / "base.qcow2", SIZE, data_file="beside")
+    qemu_io(base, "write -q -P 97 3M 100k")
+    top = create(live.directory / "top.qcow2", SIZE, backing=base)
+    qemu_io(top, "write -q -P 98 1M 6k")
+    before = content(top)
+    client = live.serve(top).connect()
+    assert live.run("block-commit").error is None
+    client.write(0, b"x")
+    live.stop()
+    assert content(base) == b"x" + before[1:]
+    check(base)
+
+
+@pytest.mark.parametrize("cache", ["none", "writethrough"])
+def test_files_are_used_as_they_were(live: Live, cache: str) -> None:
+    paths = live.chain(1)
+    client = live.serve(paths[0], more=f'cache = "{cache}"\n').connect()
+    live.execute("blockdev-snapshot-sync", snapshot_file="snap.qcow2")
+    assert live.modes == {cache}
+    client.write(100, b"x" * 5000)
+    expected = client.read()
+    assert live.run("block-commit").error is None
+    client.write(0, b"after")
+    assert live.modes == {cache}
+    live.stop()
+    assert content(paths[0]) == b"after" + expected[5:]
+
+
 def test_a_compressed_image_is_committed(live: Live) -> None:
     raw = live.directory / "raw"
     raw.write_bytes(b"z" * SIZE)

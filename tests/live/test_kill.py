@@ -20,7 +20,7 @@ from tests.oracle.storm import Storm, Weather
 from tests.serving import SEED, amount, check, content, create, qemu_io
 
 SIZE = 16 * MIB
-KILLS = amount(3, 60)
+KILLS = amount(2, 60)
 
 #: More flushes than usual: they are what is tested.
 WEATHER = Weather(

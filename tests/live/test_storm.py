@@ -7,6 +7,7 @@ import random
 import threading
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ SECONDS = amount(1, 75)
 DEPTH_MAX = 5
 
 
+#: What is done, each as often as it stands here.
+KINDS = ("overlay", "overlay", "commit", "commit", "between", "stream", "cancel", "grow", "internal")
+
+
 class Changes:
     """Snapshots, commits, streams and growth at random moments, on a thread."""
 
-    def __init__(self, live: Live, seed: int) -> None:
-        self._live, self._pick = live, random.Random(seed)
+    def __init__(self, live: Live, seed: int, kinds: Sequence[str] = KINDS) -> None:
+        self._live, self._pick, self._kinds = live, random.Random(seed), kinds
         self.done: Counter[str] = Counter()
 
         self._over = threading.Event()
@@ -56,12 +61,10 @@ class Changes:
 
     def _change(self) -> None:
         depth = len(self._live.files)
-        kinds = ["overlay"] * (depth < DEPTH_MAX) * 2 + ["grow", "internal"]
-        if depth > 1:
-            kinds += ["commit", "commit", "stream", "cancel"]
-        if depth > 2:
-            kinds += ["between"]
-        kind = self._pick.choice(kinds)
+        needed = {"overlay": 1, "grow": 1, "internal": 1, "between": 3}
+        kind = self._pick.choice([kind for kind in self._kinds if depth >= needed.get(kind, 2)])
+        if kind == "overlay" and depth >= DEPTH_MAX:
+            return
         getattr(self, f"_{kind}")(depth)
         self.done[kind] += 1
 
