@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from layers.ondisk.qcow2 import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK
 from layers.qcow2.cache import Cache, Table
-from layers.qcow2.clusters import BadEntry, Kind, Run
+from layers.qcow2.clusters import BadEntry, Kind, Run, equal_length
 from layers.qcow2.header import Header
 from layers.qcow2.host import Host
 from layers.qcow2.limits import CACHED_COUNT_MIN, CLUSTERS_AHEAD_MAX
@@ -55,29 +55,33 @@ class Mapping:
         per_table = self._geometry.l2_entries
         cluster, stop = start // self._geometry.cluster_size, self._geometry.clusters(end)
         while cluster < stop:
-            limit = min((cluster // per_table + 1) * per_table, stop)
+            cluster, runs = self._runs(cluster, stop)
             try:
-                yield from self._runs(cluster, limit)
+                yield from runs
             except BadEntry as bad:
                 raise self.bad_entry(bad.start, bad.found, bad.wanted) from bad
-            cluster = limit
         limit = min(-(-stop // per_table) * per_table, stop + CLUSTERS_AHEAD_MAX, self._clusters)
         if ahead and stop < limit:
+            _, runs = self._runs(stop, limit)
             with contextlib.suppress(BadEntry):  # who asks for that entry is told
-                yield from self._runs(stop, limit)
+                yield from runs
 
-    def _runs(self, cluster: int, limit: int) -> Iterator[Run]:
-        """The runs of the clusters [cluster, limit), which one L2 table maps. Raises BadEntry, ImageError, OSError."""
-        index, skip = divmod(cluster, self._geometry.l2_entries)
-        width = self._geometry.entry_words
+    def _runs(self, cluster: int, stop: int) -> tuple[int, Iterator[Run]]:
+        """The runs of the clusters from ``cluster`` on that its L2 table maps, or, if it is not there, all that follow
+        which are not, below ``stop``; and where they end. Raises ImageError, OSError; the runs BadEntry."""
+        per_table, width = self._geometry.l2_entries, self._geometry.entry_words
+        index, skip = divmod(cluster, per_table)
+        limit = min((index + 1) * per_table, stop)
         with self._lock:
             entry = self._l1.entries[index]
             table = self._cache.get(index, self._load) if entry & OFFSET_MASK else None
             words = table.entries[skip * width : (skip + limit - cluster) * width] if table is not None else None
+            if limit < stop and not entry:
+                limit = min((index + equal_length(self._l1.entries, index)) * per_table, stop)
         if words is not None:
-            return self._geometry.runs(words, cluster, bool(entry & COPIED))
+            return limit, self._geometry.runs(words, cluster, bool(entry & COPIED))
         size = self._geometry.cluster_size
-        return iter((Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0),))
+        return limit, iter((Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0),))
 
     def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> CorruptImage:
         """The ImageError for what the L2 entry of the guest cluster that begins at ``start`` says."""

@@ -351,7 +351,7 @@ class Order:
                 (first, end)
                 for start, stop, times in counted((run.start, run.stop) for run in retired)
                 for first, end, refcount in self._refcounts.runs(start, stop)
-                if refcount <= times
+                if 0 < refcount <= times  # what counts 0, in an image that is wrong, may be somebody's by now
             ]
         size = self._storage.cluster_size
         for start, stop in common(joined(unused), joined((run.start, run.stop) for run in retired if run.discard)):

@@ -310,14 +310,13 @@ class Refcounts:
                 self._cursor = min(forgotten or self._cursor, self._cursor)
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(first, stop, refcount) of runs of one refcount in the clusters [start, stop), which have blocks."""
-        while start < stop:
-            number, index = divmod(start, self._geometry.block_entries)
-            block = self._block(number)
-            assert block is not None
-            length = self._width.run(block.entries, index, min(stop - start, self._geometry.block_entries - index))
-            yield start, start + length, self._width.get(block.entries, index)
-            start += length
+        """(first, stop, refcount) of runs of one refcount in the clusters [start, stop); 0 where there is no block."""
+        for number, index, count in self._by_block(start, stop):
+            block, end = self._block(number), index + count
+            while index < end:
+                length = self._width.run(block.entries, index, end - index) if block is not None else end - index
+                yield start, start + length, self._width.get(block.entries, index) if block is not None else 0
+                index, start = index + length, start + length
 
     def _by_block(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(block, index, count): the clusters [start, stop), by the blocks that count them."""

@@ -19,6 +19,7 @@ What is repaired is what ``qemu-img check -r`` repairs.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from array import array
@@ -35,13 +36,14 @@ from layers.ondisk.qcow2 import (
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_FIELD,
+    L2_RESERVED,
     OFFSET_MASK,
     SNAPSHOTS_AT,
     SNAPSHOTS_FIELDS,
     ZERO,
 )
 from layers.qcow2.cache import SECTOR
-from layers.qcow2.census import ALLOCATED, Census, is_idle, miscopied, read_l2, repeated
+from layers.qcow2.census import Census, is_idle, miscopied, read_l2, repeated
 from layers.qcow2.check import blocks, examine, part_of, windows, windows_count
 from layers.qcow2.findings import Findings
 from layers.qcow2.header import read_header
@@ -216,10 +218,9 @@ class _Repairs:
             for run in read_l2(subject, place).runs():
                 offset = run.entry & OFFSET_MASK
                 if offset % subject.cluster_size and not run.entry & COMPRESSED and is_idle(subject, run):
-                    bitmap = (run.bitmap | run.bitmap << 32) & ~ALLOCATED if subject.is_extended else None
                     for index in range(run.at, run.at + run.times):
-                        table.set(index, 0 if subject.is_extended else ZERO, bitmap)
-            if table.changed and guard.allows(place):
+                        table.set(index, 0 if subject.is_extended else ZERO)
+            if table.changed and guard.allows_l2(table, place):
                 table.write(self._file)
         self._sync()
 
@@ -234,7 +235,7 @@ class _Repairs:
                     for index in miscopied(subject, window, run):
                         for each in range(run.at + index, run.at + index + run.times):
                             table.set(each, table.entry(each) ^ COPIED)
-                if table.changed and guard.allows(place):
+                if table.changed and guard.allows_l2(table, place):
                     table.write(self._file)
                     self.copied_fixed += len(table.changed) * census.active[place]
         header = subject.header
@@ -280,16 +281,17 @@ class _Table:
         self._words = subject.entries(place, subject.cluster_size // 8 if count is None else count)
         #: The numbers of the entries that have changed.
         self.changed: set[int] = set()
+        #: Whether it says (said) what no L2 table says, so that it may be something else.
+        different = set(self._words[:: self._width])
+        self.is_doubtful = any(entry & L2_RESERVED and not entry & COMPRESSED for entry in different)
 
     def entry(self, index: int) -> int:
         """The (first word of the) entry."""
         return self._words[index * self._width]
 
-    def set(self, index: int, entry: int, bitmap: int | None = None) -> None:
-        """Change an entry; its second word, too, if it is given."""
+    def set(self, index: int, entry: int) -> None:
+        """Change (the first word of) an entry."""
         self._words[index * self._width] = entry
-        if bitmap is not None:
-            self._words[index * self._width + 1] = bitmap
         self.changed.add(index)
 
     def write(self, file: Layer) -> None:
@@ -300,10 +302,10 @@ class _Table:
 
 
 class _Guard:
-    """Keeps repairs of one table from other metadata, where an image's tables overlap."""
+    """Keeps repairs of one table from other metadata, where an image's tables overlap, and from data."""
 
     def __init__(self, subject: Subject, census: Census) -> None:
-        self._subject = subject
+        self._subject, self._census = subject, census
         places = [(place.offset, place.length) for place in census.places if place.what != "L1 table"]
         size = subject.cluster_size
         blocks = {subject.block_place(number) for number, _, _ in repeated(subject.table)}
@@ -318,6 +320,22 @@ class _Guard:
             return False
         first, stop = place // size, -(-(place + length) // size)
         return not any(start < stop and first < end for start, end in self._ranges)
+
+    def allows_l2(self, table: _Table, place: int) -> bool:
+        """Whether the L2 table at ``place`` is on nothing else. If it does not look like one, and something else is
+        said to be there, it is that, and an L1 entry is wrong."""
+        return self.allows(place) and not (table.is_doubtful and place >> self._subject.cluster_bits in self._shared)
+
+    @functools.cached_property
+    def _shared(self) -> set[int]:
+        """The clusters of L2 tables that are not only that."""
+        subject, census, shared = self._subject, self._census, set[int]()
+        tables = {place >> subject.cluster_bits: times for place, times in census.tables.items()}
+        for window in windows(subject, subject.clusters + 1):
+            census.count(window, no_progress)
+            here = ((cluster, times) for cluster, times in tables.items() if window.start <= cluster < window.stop)
+            shared.update(cluster for cluster, times in here if window.tally.get(cluster) != times)
+        return shared
 
 
 def _big_endian(words: array[int]) -> bytes:

@@ -151,6 +151,8 @@ class Storage:
             self.file.zero(Request.zero(offset, length, Flag.MAY_UNMAP))
 
     def discard(self, start: int, end: int) -> None:
-        """Give back the storage of the bytes [start, end), if the file can: it is none the worse if it cannot."""
+        """Give back the storage of the bytes [start, end), if the file has it, and can: it is none the worse if not."""
+        end = min(end, self.size)
         with contextlib.suppress(OSError, RequestError):
-            self.file.trim(Request.trim(start, min(end, self.size) - start))
+            if start < end:
+                self.file.trim(Request.trim(start, end - start))

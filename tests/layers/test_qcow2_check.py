@@ -306,6 +306,20 @@ def test_leaks_are_not_repaired_where_refcounts_are_missing(image: Path) -> None
     assert image.read_bytes() == before
 
 
+def test_data_that_is_taken_for_a_table_is_left_alone(image: Path) -> None:
+    """A snapshot's L1 entry names it. As a table it would need repairs: its entries name misplaced clusters."""
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 9 6M 4k", image)
+    data = image.read_bytes()
+    place = data.index(bytes([9]) * 4096)
+    table = struct.unpack_from(">Q", data, 64)[0]
+    _poke(image, struct.unpack_from(">Q", data, table)[0], place)
+    with open_stack(Qcow2(File(str(image))), read_only=True) as disk:
+        before = disk.read(0, disk.size)
+    assert checked(image, Repair.ALL).corruptions, "what is wrong with it cannot be mended"
+    with open_stack(Qcow2(File(str(image))), read_only=True) as disk:
+        assert disk.read(0, disk.size) == before
+
+
 def test_what_cannot_grow_is_rebuilt_within(image: Path) -> None:
     """As on a block device: there has to be room behind what is in use."""
     data = bytearray(image.read_bytes())

@@ -218,6 +218,24 @@ def test_an_image_open_read_only(tmp_path: Path) -> None:
 # -- with snapshots --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", [96 << 10, 1 << 40], ids=["is free", "is nowhere"])
+def test_what_is_lost_may_be_what_nobody_counts(place: int, tmp_path: Path) -> None:
+    """A cluster that counts as free may be another's when it is given back: it is not."""
+    path = create(tmp_path / "image", 4 * MIB, cluster_size=4096)
+    qemu_io(path, "write -P 1 3M 16k")  # the second L2 table, which goes as a whole
+    data = bytearray(path.read_bytes()).ljust(128 << 10, b"\0")
+    l1 = int.from_bytes(data[40:48], "big")
+    l2 = int.from_bytes(data[l1 + 8 : l1 + 16], "big") & ~(1 << 63)
+    data[l2 + 8 : l2 + 16] = (1 << 63 | place).to_bytes(8, "big")
+    file, layer = open_recorded(bytes(data))
+    with open_stack(layer):
+        layer.resize(MIB)
+    assert not [
+        each for each in file.log if each.name == "discard" and place in range(each.offset, each.offset + each.length)
+    ]
+    assert not own_check(file.data).errors
+
+
 def test_snapshots_keep_their_sizes(tmp_path: Path) -> None:
     path, pick = create(tmp_path / "image", MIB, cluster_size=4096), random.Random(SEED)
     layer, known = _opened(path), dict[str, bytes]()
