@@ -50,7 +50,7 @@ from tests.protocol.kit import (
     request,
     text,
 )
-from tests.serving import create, run
+from tests.serving import create, qemu_io, run
 
 CHUNKED = [Style.STRUCTURED, Style.EXTENDED]
 CLUSTER = 64 << 10
@@ -302,6 +302,18 @@ def test_chunks_cover_what_was_asked_for_once(patchy: str, style: Style, offset:
     assert {kind for kind, _ in answer.chunks} <= {OFFSET_DATA, OFFSET_HOLE}
     for kind, payload in answer.chunks:
         assert len(payload) == 12 if kind == OFFSET_HOLE else len(payload) > 8
+
+
+def test_a_sector_is_enough_for_a_hole(nbd_server: NbdServers, tmp_path: Path) -> None:
+    """libnbd's test of structured reads expects so, with clusters of 512 bytes."""
+    image = create(tmp_path / "disk.qcow2", 3072, cluster_size=512)
+    qemu_io(image, "write -P 1 0 3k", "write -z -u 2k 512")
+    client = Client(nbd_server(image, format="qcow2")).enter(Style.STRUCTURED)
+    chunks = client.do(READ, 2048, 1024).chunks
+    assert [(kind, payload[:8]) for kind, payload in chunks] == [
+        (OFFSET_HOLE, (2048).to_bytes(8)),
+        (OFFSET_DATA, (2560).to_bytes(8)),
+    ]
 
 
 @pytest.mark.parametrize("style", CHUNKED)

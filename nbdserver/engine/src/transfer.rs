@@ -20,8 +20,8 @@ use crate::transform::Transform;
 use crate::users::Use;
 use crate::wire::command;
 
-/// Holes shorter than this are sent as zeroes: a chunk of their own would cost more.
-const HOLE_MIN: usize = 4096;
+/// Holes shorter than a sector are sent as zeroes: a chunk of their own would cost more. qemu-nbd sends all others as holes.
+const HOLE_MIN: usize = 512;
 
 /// `range` of a request's memory to or from `offset` of `file`, whose place is in use as long as this lives.
 pub struct Transfer {
