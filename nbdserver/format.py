@@ -289,6 +289,11 @@ class Empties(Protocol):
         """Give up everything. Wherever a crash comes, every range shows what it did or what the backing file has there.
         Called in a drained section of whoever uses the disk. Raises RequestError, OSError, ImageError."""
 
+    def empty_at_once(self) -> Callable[[], None]:
+        """The same in a step that takes no longer the more is given up, and is durable when it has been taken. What is
+        returned gives back the storage, which takes its time; call it when nobody else uses the disk. If it is never
+        called, that space is lost until the image is repaired."""
+
 
 # -- for formats that make images ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
@@ -611,6 +611,15 @@ class Qcow2(Layer):
     def make_empty(self) -> None:
         with self._rewriting():
             self.writer.make_empty()
+
+    def empty_at_once(self) -> Callable[[], None]:
+        if self._snapshots is None or self.data_file is not None:
+            # What is in a data file is not counted, so it is given up place by place.
+            self.make_empty()
+            self.flush()
+            return lambda: None
+        with self._rewriting():
+            return self._snapshots.empty()
 
     # -- size -------------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,8 @@ apply     refcounts of all that the snapshot's  the header names a copy of the  
 delete                                          the header names a snapshot table      what only the snapshot's L1 table
                                                 with one entry less                    leads to goes; then COPIED is set
                                                                                        where a refcount is 1 again
+empty     an empty L1 table is written          the header names that                  what only the old L1 table leads
+                                                                                       to goes, and that table
 grow      a longer L1 table takes the place of  the header says the size
           the old one, by a switch of its own;
           behind the end all is made zeroes

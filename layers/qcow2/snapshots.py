@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from layers.ondisk.qcow2 import COPIED, ICOUNT_NONE, SNAPSHOT_EXTRA
 from layers.qcow2 import references
@@ -120,6 +121,25 @@ class Snapshots:
             image.become(size, entries, place)
             image.let_go(old, ACTIVE, discard=self._discard)
             return entry
+
+    def empty(self) -> Callable[[], None]:
+        """Have the disk hold nothing: with an empty L1 table in the place of the active one. Returns what lets go of
+        all that the old one led to (see `nbdserver.format.Empties.empty_at_once`)."""
+        image = self._image
+        with image.frozen(), contextlib.ExitStack() as undo:
+            old = image.active_l1()
+            entries = array("Q", bytes(8 * len(old)))
+            place = image.put(encoded(entries), undo)
+            undo.pop_all()
+            image.become(image.head.size, entries, place)
+            image.order.flush()
+        return functools.partial(self._let_go, old)
+
+    def _let_go(self, l1: Sequence[int]) -> None:
+        """Let go of all that an L1 table led to that was the active one."""
+        with self._image.alone():
+            self._image.check(l1, ACTIVE, times=0)
+            self._image.let_go(l1, ACTIVE, discard=self._discard)
 
     def delete(self, id_or_name: str) -> Entry:
         """Delete a snapshot. EBUSY while it is held."""

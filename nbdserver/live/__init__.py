@@ -15,8 +15,9 @@ of the two chains is in the files:
 - *stream*: the active image's header is made to name another backing file when all it needs of the old one is durable
   in it.
 - *commit*: the base is changed only where the images above hide it. When all that they have is durable in it, the
-  header above is made to name it; the active image, if that is committed, is emptied, durably, before the first write
-  goes to the base: it goes on showing the disk, through the base.
+  header above is made to name it; the active image, if that is committed, is emptied, durably and at one instant,
+  before the first write goes to the base: it goes on showing the disk, through the base. Its storage is given back
+  afterwards, so that guests do not wait for that.
 
 Jobs that copy do so while the guest writes. A *stream* copies a range alone with it, as `copy-on-read` does. A *commit*
 of the active image copies what the guest has written meanwhile again, until little is left, and the rest in a drained

@@ -17,10 +17,11 @@ are told so, or else the commit is refused: they exclude each other (`nbdserver.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from nbdserver.errors import ConfigError
+from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.extent import DirtyBitmap
 from nbdserver.format import Empties, HasBacking
 from nbdserver.jobs import Job
@@ -30,6 +31,8 @@ from nbdserver.live.copying import copy, dirty_spans, spans
 from nbdserver.live.filters import CommitTop
 from nbdserver.permissions import ALL, NONE, ONLOOKER, READ, Grant, Permission
 from nbdserver.server import Export, Server
+
+_log = logging.getLogger("nbdserver")
 
 #: What the job does to the base, and leaves to others; and leaves to others of the images between.
 COMMITS: Final = Grant(READ | Permission.WRITE | Permission.RESIZE, NONE)
@@ -177,7 +180,13 @@ class _CommitActive(_Commit):
         self._catch_up(job)
         with self.server.drained(self.filter):
             self._pass(job, checkpoint=False)
-            self._pivot()
+            give_back = self._pivot()
+        try:
+            give_back()
+        except (NbdserverError, OSError) as error:
+            _log.warning(
+                "%s: space that it has given up is lost, until it is repaired: %s", self.active.filename, error
+            )
 
     def _catch_up(self, job: Job) -> None:
         """Copy what has been written, as long as each pass leaves less than the last."""
@@ -194,8 +203,9 @@ class _CommitActive(_Commit):
         for start, end in dirty_spans(written):
             copy(self.active, self.base, held(self.above, start, end), job if checkpoint else None)
 
-    def _pivot(self) -> None:
-        """Have the base be the disk. In a drained section, with all that was written in it.
+    def _pivot(self) -> Callable[[], None]:
+        """Have the base be the disk. In a drained section, with all that was written in it. Returns what gives back the
+        storage of the active image, which nobody uses any more.
 
         By its own name, the active image shows the disk all the while: itself; or itself on the base, where all of it
         is, too; or, empty, the base.
@@ -205,8 +215,8 @@ class _CommitActive(_Commit):
         if len(self.above) > 1:
             name = spelled(self.base, self.above[-1], self.active)
             self.active.set_backing(name, name_of(self.base).format)
-        self.active.make_empty()
-        finish(self.active.flush())
+        give_back = self.active.empty_at_once()
         self._claims.close()
         self.server.replace(self.filter, self.base)
         self._is_over = True
+        return give_back

@@ -34,9 +34,10 @@ def _image(directory: Path, below: bytes, *, snapshot: bool, **options: object) 
     return path.read_bytes()
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_an_emptied_image_shows_its_backing_file(compat: str, snapshot: bool, tmp_path: Path) -> None:
+def test_an_emptied_image_shows_its_backing_file(compat: str, snapshot: bool, at_once: bool, tmp_path: Path) -> None:
     pick = random.Random(SEED)
     below = pick.randbytes(SIZE - 3 * SECTOR)
     initial = _image(tmp_path, below, snapshot=snapshot, compat=compat)
@@ -44,7 +45,12 @@ def test_an_emptied_image_shows_its_backing_file(compat: str, snapshot: bool, tm
     file, layer = open_recorded(initial, backing=False)
     with open_stack(layer):
         assert isinstance(layer, Empties) and isinstance(layer, Maps)
-        layer.make_empty()
+        if at_once:
+            give_back = layer.empty_at_once()
+            assert read(file.data, below) == after, "it is in the file"
+            give_back()
+        else:
+            layer.make_empty()
         assert {entry._replace(length=0) for entry in layer.map(0, SIZE)} == {MapEntry(0)}
         layer.flush()
         assert read(file.data, below) == after
@@ -55,9 +61,21 @@ def test_an_emptied_image_shows_its_backing_file(compat: str, snapshot: bool, tm
     for position, state in crash_states(initial, file.log, pick, amount(60, 2000)):
         assert not check(state).errors, position
         shown = read(state, below)
+        assert not at_once or shown in (before, after), position
         for at in range(0, SIZE, CLUSTER):
             there = shown[at : at + CLUSTER]
             assert there in (before[at : at + CLUSTER], after[at : at + CLUSTER]), (position, at)
+
+
+def test_what_is_given_up_at_once_and_not_given_back_is_lost_and_no_more(tmp_path: Path) -> None:
+    below = random.Random(SEED).randbytes(SIZE)
+    file, layer = open_recorded(_image(tmp_path, below, snapshot=False), backing=False)
+    with open_stack(layer) as disk:
+        assert isinstance(layer, Empties)
+        layer.empty_at_once()
+        disk.write(0, b"new")
+    assert not check(file.data).errors and check(file.data).leaks
+    assert read(file.data, below) == b"new" + bytes(KIB - 3) + below[KIB:]
 
 
 def test_an_emptied_image_can_be_written(tmp_path: Path) -> None:
