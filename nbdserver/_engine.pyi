@@ -404,5 +404,5 @@ class Stop:
 def panic_at(name: str) -> Stop:
     """Have the next thread that reaches the point ``name`` panic."""
 
-def stop_at(name: str) -> Stop:
-    """Hold the next thread that reaches the point ``name``."""
+def stop_at(name: str, nth: int = 1) -> Stop:
+    """Hold the next thread that reaches the point ``name``, or the ``nth`` that does from now on."""

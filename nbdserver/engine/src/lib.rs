@@ -1266,9 +1266,10 @@ impl Stop {
 }
 
 #[pyfunction]
-fn stop_at(name: String) -> Stop {
+#[pyo3(signature = (name, nth=1))]
+fn stop_at(name: String, nth: usize) -> Stop {
     Stop {
-        stop: points::arm(&name),
+        stop: points::arm(&name, nth),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! the test                        the thread under test
-//! let stop = arm("fault.filled")
+//! let stop = arm("fault.filled", 1)
 //! stop.wait_reached(timeout)      reached("fault.filled")   stands still ...
 //! (what shall happen meanwhile)
 //! stop.release()                                            ... goes on
@@ -28,14 +28,9 @@ pub fn reached(name: &'static str) {
     }
 }
 
-/// Stop the next thread that reaches `name`. Only that one: others pass, as it does itself next
-/// time. Several stops of one name each have their own count.
-pub fn arm(name: &str) -> Stop {
-    arm_nth(name, 1)
-}
-
-/// Stop the thread whose pass is the `nth` from now on (the first is 1).
-pub fn arm_nth(name: &str, nth: usize) -> Stop {
+/// Stop the thread whose pass of `name` is the `nth` from now on (the first is 1). Only that one: others pass, as it does
+/// itself next time. Several stops of one name each have their own count.
+pub fn arm(name: &str, nth: usize) -> Stop {
     arm_point(name, nth, false)
 }
 
@@ -161,14 +156,14 @@ mod tests {
     #[test]
     fn a_point_that_is_not_armed_is_passed() {
         reached("points.nobody");
-        let stop = arm("points.somebody");
+        let stop = arm("points.somebody", 1);
         reached("points.nobody");
         assert!(!stop.wait_reached(Duration::ZERO));
     }
 
     #[test]
     fn a_thread_stands_until_released() {
-        let stop = arm("points.stands");
+        let stop = arm("points.stands", 1);
         thread::scope(|scope| {
             let stopped = scope.spawn(|| reached("points.stands"));
             assert!(stop.wait_reached(LATE));
@@ -183,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_nth_pass_is_stopped() {
-        let stop = arm_nth("points.nth", 3);
+        let stop = arm("points.nth", 3);
         reached("points.nth");
         reached("points.nth");
         assert!(!stop.wait_reached(Duration::ZERO));
@@ -196,7 +191,7 @@ mod tests {
 
     #[test]
     fn dropping_releases() {
-        let stop = arm("points.dropped");
+        let stop = arm("points.dropped", 1);
         thread::scope(|scope| {
             let stopped = scope.spawn(|| reached("points.dropped"));
             assert!(stop.wait_reached(LATE));
@@ -208,7 +203,7 @@ mod tests {
 
     #[test]
     fn what_is_released_in_advance_stops_nobody() {
-        let stop = arm("points.advance");
+        let stop = arm("points.advance", 1);
         stop.release();
         reached("points.advance");
         assert!(!stop.wait_reached(Duration::ZERO));
@@ -216,7 +211,7 @@ mod tests {
 
     #[test]
     fn several_are_armed_at_once() {
-        let (one, two) = (arm("points.one"), arm("points.two"));
+        let (one, two) = (arm("points.one", 1), arm("points.two", 1));
         thread::scope(|scope| {
             scope.spawn(|| {
                 reached("points.one");
