@@ -1,5 +1,6 @@
 """The engine: it moves bytes. Written in Rust (nbdserver/engine); used by nbdserver.server alone."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Self, final
 
@@ -126,6 +127,25 @@ class Export:
         from ``offset``; a target is a file, 0 for ZERO, or 1 for CODE; transform, meters and log are the numbers of
         `Engine.add_transform`, `Engine.meters` and `DirtyLog.number`, or 0. What has changed since ``sequence`` is left
         out; False if nothing was entered."""
+
+    def fill_table(
+        self,
+        sequence: int,
+        offset: int,
+        words: array[int],
+        *,
+        file: File,
+        unit: int,
+        places: int,
+        refused: int,
+        zeroes: Sequence[tuple[int, int]],
+        limit: int,
+    ) -> bool:
+        """`fill` with a `nbdserver.extent.Packed` table, of which ``words`` are the words; it may be read, and not
+        written."""
+
+    def has_table(self, offset: int) -> bool:
+        """Whether a table has been entered for what is at ``offset``."""
 
     def changed(self, offset: int, length: int) -> None:
         """Drop the range, and number the change. Afterwards no new I/O begins on the old place. Never waits."""

@@ -10,6 +10,7 @@ An extent is a page-table entry::
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -279,6 +280,27 @@ class Extent(NamedTuple):
         if isinstance(self.target, Special):
             return Extent(length, self.target, through=self.through)
         return Extent(length, self.target, self.offset + start, self.writable, self.through)
+
+
+class Packed(NamedTuple):
+    """Where many units of a layer in a row can be read, told as the layer's own table tells it, so that nobody need go
+    through its words one by one in Python: see `Layer.packed`."""
+
+    #: Of the layer: where the first unit begins.
+    offset: int
+    #: Bytes of a unit: a power of two, at least 4. What places are multiples of.
+    unit: int
+    #: One of 64 bits for each unit (typecode "Q").
+    words: array[int]
+    #: What the places are in.
+    target: Layer
+    #: The bits of a word that are its place. A word with any of the bits ``refused`` names none, nor does a place of 0,
+    #: nor one of which the unit passes ``limit``: of such units nothing is said.
+    places: int
+    refused: int
+    limit: int
+    #: Words that with one of these masks have its value: (mask, value). These units are zeroes.
+    zeroes: tuple[tuple[int, int], ...]
 
 
 class ExtentLawError(AssertionError):

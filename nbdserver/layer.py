@@ -40,6 +40,7 @@ from nbdserver.extent import (
     Meter,
     MeterLimits,
     OpenFile,
+    Packed,
     Special,
 )
 from nbdserver.limits import ZERO_PIECE
@@ -331,6 +332,11 @@ class Layer:
         zeroes already and needs nothing; CODE for all else.
         """
         return (Extent(self.size - offset, CODE),)
+
+    def packed(self, offset: int) -> Packed | None:
+        """What ``resolve(READ)`` says of the byte at ``offset`` and of many around it, packed; None: resolve them. For
+        layers that have such tables. Raises ImageError, OSError."""
+        return None
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """Which (offset, length) ranges of this layer may map to that range of ``child``? By default all of it."""

@@ -114,8 +114,8 @@ FAULT_THREADS_COUNT_MAX: Final = 256
 #: faster than it can be entered.
 FILLS_COUNT_MAX: Final = 8
 
-#: Extents one fault may bring beyond those it was asked for: read-ahead that costs below a millisecond.
-EXTENTS_AHEAD_MAX: Final = 512
+#: Extents one fault may bring beyond those it was asked for, where the layer has no table: some 4 us each.
+EXTENTS_AHEAD_MAX: Final = 128
 
 #: Block status descriptors in one reply. QEMU's NBD_MAX_BLOCK_STATUS_EXTENTS is 1 MiB / 8; a client asks again.
 STATUS_COUNT_MAX: Final = 8192

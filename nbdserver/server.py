@@ -34,7 +34,7 @@ from nbdserver.contexts import Bitmaps, Contexts
 from nbdserver.errors import ConfigError, ImageError, NbdserverError, RequestError
 from nbdserver.extent import CODE, ZERO, DirtyBitmap, FileMode, Intent, MeterLimits, Transform
 from nbdserver.files import FileOpener, Files, block_limits
-from nbdserver.graph import Graph, Leaf, Use, execute, execute_leaf, flatten, walk
+from nbdserver.graph import Graph, Leaf, Use, bare, execute, execute_leaf, flatten, walk
 from nbdserver.handshake import Action, Begin, End, ExportInfo, Handshake, Option, StartTls, TlsMode, Unavailable
 from nbdserver.jobs import Jobs
 from nbdserver.layer import ALLOCATION_DEPTH, Layer, finish
@@ -290,7 +290,7 @@ class Export:
             offset, length = fault.range
             match fault.kind:
                 case "resolve":
-                    self.engine_export.fill(fault.sequence, offset, self._extents(offset, length))
+                    self._resolve(fault.sequence, offset, length)
                     wanted = fault.again()
                 case "write":
                     if fault.mapped:
@@ -332,10 +332,34 @@ class Export:
             flags |= Flag.FUA
         return flags
 
-    def _extents(self, offset: int, length: int) -> list[EngineLeaf]:
-        """Where the range can be read, and as much beyond it as the layers offer without being asked again."""
+    def _resolve(self, sequence: int, offset: int, length: int) -> None:
+        """Enter where the range can be read, and as much beyond it as the layers offer without being asked again:
+        the root's table if it has one, else some extents."""
         leaves = flatten(self.root, offset, length, Intent.READ)
-        return [self._effects.leaf(leaf) for leaf in _some(leaves, length, EXTENTS_AHEAD_MAX)]
+        first = next(leaves)
+        ahead = 0 if self._enter_table(sequence, offset, first) else EXTENTS_AHEAD_MAX
+        found = _some(itertools.chain((first,), leaves), length, ahead)
+        self.engine_export.fill(sequence, offset, [self._effects.leaf(leaf) for leaf in found])
+
+    def _enter_table(self, sequence: int, offset: int, first: Leaf) -> bool:
+        """Enter the table that says where ``first`` is, at ``offset``, if there is one that has not been."""
+        file = first.target
+        if not isinstance(file, _engine.File) or self.engine_export.has_table(offset):
+            return False
+        table = self.root.packed(offset)
+        if table is None or bare(table.target).whole is not file:
+            return False
+        return self.engine_export.fill_table(
+            sequence,
+            table.offset,
+            table.words,
+            file=file,
+            unit=table.unit,
+            places=table.places,
+            refused=table.refused,
+            zeroes=table.zeroes,
+            limit=table.limit,
+        )
 
     def _make_writable(self, fault: _engine.Fault, first: Leaf, others: Iterator[Leaf]) -> bool:
         """Enter places from the start of the range on that may be written as they are, if ``first`` is one or its layer

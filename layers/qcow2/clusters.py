@@ -38,6 +38,8 @@ from layers.ondisk.qcow2 import (
     ZERO_ALL,
 )
 from layers.qcow2.limits import BITMAPS_KEPT_MAX
+from nbdserver.extent import Packed
+from nbdserver.layer import Layer
 
 
 class Kind(Enum):
@@ -177,6 +179,17 @@ class Geometry:
         if self.has_data_file and place != start:
             raise BadEntry(f"place {start:#x}, the same as in the disk, in an external data file", start, entry)
         return Kind.NORMAL, place
+
+    def table(self, words: array[int], cluster: int, file: Layer, size: int, *, is_alone: bool) -> Packed | None:
+        """What L2 entries of the clusters from ``cluster`` on say of reading, for others to read off: the places in
+        ``file``, of which ``size`` bytes are there. ``is_alone``: nothing shows below. None: it cannot be said so."""
+        if self.entry_words > 1 or self.has_data_file:
+            return None
+        known = self._unusual | ZERO
+        zeroes: tuple[tuple[int, int], ...] = ((known, ZERO),) if self.has_zero else ()
+        if is_alone:
+            zeroes += ((known | OFFSET_MASK, 0),)
+        return Packed(cluster * self.cluster_size, self.cluster_size, words, file, OFFSET_MASK, known, size, zeroes)
 
     def l1_count(self, length: int) -> int:
         """How many L1 entries a disk of ``length`` bytes needs."""

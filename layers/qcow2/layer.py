@@ -56,7 +56,7 @@ from layers.qcow2.storage import CorruptImage, Storage, Unopened
 from layers.qcow2.survey import Survey
 from layers.qcow2.writing import Discard, Writer
 from nbdserver.errors import ConfigError, ImageError, RequestError
-from nbdserver.extent import CODE, ZERO, BlockLimits, DirtyBitmap, DirtyLog, Extent, Intent, Size, Special
+from nbdserver.extent import CODE, ZERO, BlockLimits, DirtyBitmap, DirtyLog, Extent, Intent, Packed, Size, Special
 from nbdserver.format import Bitmap, ImageCheck, MapEntry, Measure, Progress, Repair, Snapshot, no_progress
 from nbdserver.graph import attach, bare, reach
 from nbdserver.layer import BASE_ALLOCATION, DIRTY_BITMAP, Buffers, Layer, Opener
@@ -485,6 +485,9 @@ class Qcow2(Layer):
         zero = intent is Intent.ZERO
         extents = self._resolve_zero(offset, length) if zero else self._resolve(offset, length, intent)
         return self._watched(_joined(extents, length))
+
+    def packed(self, offset: int) -> Packed | None:
+        return self.reader.packed(offset)
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if child not in (self.backing, self.data_file):

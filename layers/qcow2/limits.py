@@ -61,6 +61,9 @@ FREE_RUNS_COUNT_MAX: Final = 16384
 #: brings so many need not come again for a while.
 CLUSTERS_AHEAD_MAX: Final = 512
 
+#: Entries of an L2 table that are handed out at once, packed: all of it, but where clusters are large.
+WORDS_MAX: Final = 16384
+
 #: Zeroes around the data of a partly written cluster: up to this many are written along with it, more of them are
 #: zeroed by the file, which keeps large clusters sparse.
 ZEROES_INLINE_MAX: Final = 64 * KIB

@@ -17,7 +17,7 @@ from layers.qcow2.cache import Cache, Table
 from layers.qcow2.clusters import BadEntry, Kind, Run, equal_length
 from layers.qcow2.header import Header
 from layers.qcow2.host import Host
-from layers.qcow2.limits import CACHED_COUNT_MIN, CLUSTERS_AHEAD_MAX
+from layers.qcow2.limits import CACHED_COUNT_MIN, CLUSTERS_AHEAD_MAX, WORDS_MAX
 from layers.qcow2.occupied import Occupied
 from layers.qcow2.order import Cut
 from layers.qcow2.refcounts import Refcounts
@@ -82,6 +82,20 @@ class Mapping:
             return limit, self._geometry.runs(words, cluster, bool(entry & COPIED))
         size = self._geometry.cluster_size
         return limit, iter((Run(Kind.UNALLOCATED, cluster * size, limit * size, None, False, 0),))
+
+    def words(self, offset: int, size: int) -> tuple[int, array[int]] | None:
+        """The L2 entries of clusters around the byte ``offset``, WORDS_MAX at most, and which one the first is of; None
+        if there are none. Of a disk of ``size`` bytes: not of the cluster that it ends in. Raises ImageError, OSError.
+        """
+        cluster = offset // self._geometry.cluster_size
+        index, at = divmod(cluster, self._geometry.l2_entries)
+        first = at // WORDS_MAX * WORDS_MAX
+        start = cluster - at + first
+        count = min(WORDS_MAX, size // self._geometry.cluster_size - start)
+        with self._lock:
+            if count <= 0 or not self._l1.entries[index] & OFFSET_MASK:
+                return None
+            return start, self._cache.get(index, self._load).entries[first : first + count]
 
     def bad_entry(self, start: int, found: str, wanted: str, table: int = 0) -> CorruptImage:
         """The ImageError for what the L2 entry of the guest cluster that begins at ``start`` says."""

@@ -12,7 +12,7 @@ from layers.qcow2.header import Header
 from layers.qcow2.limits import DECOMPRESSED_KEPT_MAX
 from layers.qcow2.mapping import Mapping
 from layers.qcow2.storage import Storage
-from nbdserver.extent import ZERO, Extent
+from nbdserver.extent import ZERO, Extent, Packed
 from nbdserver.layer import Layer, finish
 from nbdserver.request import Request
 
@@ -48,6 +48,14 @@ class Reader:
             yield Extent(edge - start, self.backing, start)
         if edge < end:
             yield Extent(end - edge, ZERO)
+
+    def packed(self, offset: int) -> Packed | None:
+        """`Layer.packed`."""
+        if self.data.is_encrypted or (found := self.mapping.words(offset, self.size)) is None:
+            return None
+        start, words = found
+        is_alone = self.backing is None
+        return self.geometry.table(words, start, self.data.file, self.data.size, is_alone=is_alone)
 
     def spans(self, offset: int, length: int, *, ahead: bool = False) -> Iterator[tuple[Run, int, int]]:
         """(run, start, end): the runs of the range, and which of its bytes, [start, end), each of them holds.

@@ -4,11 +4,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, O
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use crate::extents::{Cache, Piece, Target};
+use crate::extents::{Cache, Packing, Piece, Target};
 use crate::users::{Use, Users};
 use crate::worker::Inbox;
 
-/// Extents cached for one export: at about 80 bytes each, 80 MiB at the most.
+/// Extents cached for one export: at about 80 bytes each, 80 MiB at the most. Packed tables, of 8 bytes a unit, may take up
+/// half as much besides.
 const CACHE_ENTRIES_MAX: usize = 1 << 20;
 
 /// What happened, per export. `hits` are requests answered without Python; the others count calls into it.
@@ -104,6 +105,15 @@ impl Export {
         self.cache.write().unwrap().fill(sequence, offset, pieces)
     }
 
+    pub fn fill_table(&self, sequence: u64, offset: u64, packing: &Packing, words: &[u64]) -> bool {
+        let mut cache = self.cache.write().unwrap();
+        cache.fill_table(sequence, offset, packing, words)
+    }
+
+    pub fn has_table(&self, offset: u64) -> bool {
+        self.cache.read().unwrap().has_table(offset)
+    }
+
     pub fn changed(&self, offset: u64, length: u64) {
         self.cache.write().unwrap().changed(offset, length);
     }
@@ -119,6 +129,15 @@ impl Export {
 
     pub fn extents(&self) -> usize {
         self.cache.read().unwrap().len()
+    }
+
+    /// Units in packed tables.
+    pub fn packed(&self) -> usize {
+        self.cache.read().unwrap().packed()
+    }
+
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.read().unwrap().bytes()
     }
 
     /// Where a prefix of the range can be read. Becoming the user of a place and looking it up are one step: both

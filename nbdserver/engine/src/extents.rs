@@ -9,6 +9,9 @@
 //! the sequence number it began at, and of what it brings every byte that has changed since is cut
 //! out. So nothing in the cache is ever older than the last change of its range.
 //!
+//! Where every cluster is apart from those beside it there would be an entry for each. So a layer may
+//! give a table of its own as it is, packed, a word for each cluster, and what is in a word.
+//!
 //! What a lookup answers may be used only by one who became a user of the place (see `users`)
 //! and found the range unchanged since.
 
@@ -130,11 +133,126 @@ impl Piece {
     }
 }
 
+/// What a packed table of places says, word by word; `Table` is made of it. Whoever packs gives words of any layout of its
+/// own, and says here what is in them.
+#[derive(Clone, Debug)]
+pub struct Packing {
+    /// Bytes of the disk that a word is of, a power of two of at least 4, and what places are multiples of.
+    pub unit: u64,
+    pub file: FileId,
+    /// Where in a word its place is. A word with one of the bits `refused` names none, and so does a place of 0.
+    pub places: u64,
+    pub refused: u64,
+    /// The words that with one of these masks have its value are zeroes.
+    pub zeroes: Vec<(u64, u64)>,
+    /// Places end here at the latest.
+    pub limit: u64,
+}
+
+/// Places of many units in a row, a word each.
+struct Table {
+    unit: u64,
+    file: FileId,
+    /// UNKNOWN, ZERO, or a place and PLACED.
+    words: Box<[u64]>,
+}
+
+const UNKNOWN: u64 = 0;
+const ZERO: u64 = 1;
+const PLACED: u64 = 2;
+/// Words that take up about as much memory as an entry. A table of fewer runs than that is entered as pieces.
+const WORDS_PER_ENTRY: usize = 10;
+
+impl Table {
+    fn new(packing: &Packing, words: &[u64]) -> Table {
+        let decode = |word: &u64| {
+            let place = word & packing.places;
+            let fits = place
+                .checked_add(packing.unit)
+                .is_some_and(|end| end <= packing.limit);
+            let named = place != 0 && place.is_multiple_of(packing.unit) && fits;
+            if packing
+                .zeroes
+                .iter()
+                .any(|(mask, value)| word & mask == *value)
+            {
+                ZERO
+            } else if word & packing.refused == 0 && named {
+                place | PLACED
+            } else {
+                UNKNOWN
+            }
+        };
+        Table {
+            unit: packing.unit,
+            file: packing.file,
+            words: words.iter().map(decode).collect(),
+        }
+    }
+
+    fn length(&self) -> u64 {
+        self.unit * self.words.len() as u64
+    }
+
+    fn weight(&self) -> usize {
+        self.words.len() / WORDS_PER_ENTRY
+    }
+
+    /// Which piece, if any is known, `position` bytes from the table's start is in, from there on.
+    fn piece(&self, position: u64) -> Option<Piece> {
+        let skip = position % self.unit;
+        let target = self.target(*self.words.get((position / self.unit) as usize)?)?;
+        Some(Piece {
+            length: self.unit - skip,
+            target: target.advanced(skip)?,
+            through: Through::default(),
+        })
+    }
+
+    fn target(&self, word: u64) -> Option<Target> {
+        match word {
+            UNKNOWN => None,
+            ZERO => Some(Target::Zero),
+            _ => Some(Target::File {
+                file: self.file,
+                offset: word & !PLACED,
+                writable: false,
+            }),
+        }
+    }
+
+    /// How many words from `index` on are one extent: they continue one another, or are all unknown.
+    fn run(&self, index: usize) -> usize {
+        let step = if self.words[index] & PLACED == 0 {
+            0
+        } else {
+            self.unit
+        };
+        let pairs = self.words[index..].windows(2);
+        1 + pairs
+            .take_while(|pair| pair[0].checked_add(step) == Some(pair[1]))
+            .count()
+    }
+
+    /// Forget the units that the bytes from `start` up to `end` touch.
+    fn forget(&mut self, start: u64, end: u64) {
+        let count = self.words.len() as u64;
+        let (first, stop) = (start / self.unit, end.div_ceil(self.unit).min(count));
+        if first < stop {
+            self.words[first as usize..stop as usize].fill(UNKNOWN);
+        }
+    }
+}
+
 /// Resolved extents of one export: bounded, merged, never stale. Offsets and lengths are bytes.
 pub struct Cache {
     /// By disk offset. Disjoint, none empty; no end passes u64::MAX, neither the disk's nor the
     /// file's.
     entries: BTreeMap<u64, Piece>,
+    /// What is known besides: packed tables, by disk offset, disjoint. What both know is the same.
+    tables: BTreeMap<u64, Table>,
+    /// The tables' weights, of which no more than half of the bound are kept.
+    tables_weight: usize,
     entries_max: usize,
     sequence: u64,
     /// The last changes, oldest first: the newest is the one that made `sequence` what it is.
@@ -148,6 +266,8 @@ impl Cache {
     pub fn new(entries_max: usize) -> Cache {
         Cache {
             entries: BTreeMap::new(),
+            tables: BTreeMap::new(),
+            tables_weight: 0,
             entries_max: entries_max.max(1),
             sequence: 0,
             history: VecDeque::new(),
@@ -163,6 +283,22 @@ impl Cache {
     /// The number of entries held.
     pub fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// The number of units in packed tables.
+    pub fn packed(&self) -> usize {
+        self.tables.values().map(|table| table.words.len()).sum()
+    }
+
+    /// The memory that all of it takes up, bytes, but for what is free in the nodes of trees.
+    pub fn bytes(&self) -> usize {
+        self.entries.len() * size_of::<(u64, Piece)>() + self.packed() * size_of::<u64>()
+    }
+
+    /// Whether there is a packed table for what is at `offset`.
+    pub fn has_table(&self, offset: u64) -> bool {
+        let table = self.tables.range(..=offset).next_back();
+        table.is_some_and(|(start, table)| offset - start < table.length())
     }
 
     /// Append to `out` the pieces that cover a prefix of the range, merged as far as a reader does
@@ -196,23 +332,39 @@ impl Cache {
     /// Which parts of the range are known, for `write` as writable, as (length, is known) runs.
     pub fn runs(&self, offset: u64, length: u64, write: bool) -> Vec<(u64, bool)> {
         let end = offset.saturating_add(length);
-        let mut runs = Vec::new();
+        let mut runs: Vec<(u64, bool)> = Vec::new();
         let mut position = offset;
-        let mut push = |until: u64, known: bool| {
-            let count = until - std::mem::replace(&mut position, until);
+        while position < end {
+            let mut found = self.known(position, end - position);
+            let piece = found.next();
+            let (count, known) = match piece {
+                Some(piece) => (piece.length, !write || piece.target.is_writable()),
+                None => (self.next_known(position).min(end) - position, false),
+            };
+            position += count;
             match runs.last_mut() {
-                _ if count == 0 => {}
                 Some((length, was)) if *was == known => *length += count,
                 _ => runs.push((count, known)),
             }
-        };
-        for (start, piece) in self.overlapping(offset, end) {
-            push(start.max(offset), false);
-            let known = !write || piece.target.is_writable();
-            push((start + piece.length).min(end), known);
         }
-        push(end, false);
         runs
+    }
+
+    /// Where something may be known again, behind `position`, where nothing is.
+    fn next_known(&self, position: u64) -> u64 {
+        let after = position.saturating_add(1);
+        let entry = self.entries.range(after..).next().map(|(&start, _)| start);
+        let inside = self.tables.range(..=position).next_back();
+        let unit = inside
+            .filter(|(start, table)| position - **start < table.length())
+            .map(|(start, table)| position - (position - start) % table.unit + table.unit);
+        let table = self.tables.range(after..).next().map(|(&start, _)| start);
+        entry
+            .into_iter()
+            .chain(unit)
+            .chain(table)
+            .min()
+            .unwrap_or(u64::MAX)
     }
 
     /// Enter what a resolve answered that began when `sequence()` was `sequence`: pieces that are
@@ -248,10 +400,110 @@ impl Cache {
         true
     }
 
+    /// `fill` of as many units as there are words, none of them writable. A table of long runs is entered as pieces, any
+    /// other as it is. False also if it would pass the end of the address space.
+    pub fn fill_table(
+        &mut self,
+        sequence: u64,
+        offset: u64,
+        packing: &Packing,
+        words: &[u64],
+    ) -> bool {
+        let overtaken = self.sequence.saturating_sub(sequence);
+        let fits = packing
+            .unit
+            .checked_mul(words.len() as u64)
+            .is_some_and(|length| offset.checked_add(length).is_some());
+        if overtaken > self.history.len() as u64 || !fits {
+            return false;
+        }
+        let mut table = Table::new(packing, words);
+        for changed in self
+            .history
+            .range(self.history.len() - overtaken as usize..)
+        {
+            table.forget(
+                changed.start.max(offset) - offset,
+                changed.end.max(offset) - offset,
+            );
+        }
+        let mut runs = Vec::new();
+        let mut index = 0;
+        while index < table.words.len() && runs.len() <= table.weight() {
+            let count = table.run(index);
+            runs.push((index, count));
+            index += count;
+        }
+        if index == table.words.len() {
+            self.enter_runs(offset, &table, &runs);
+        } else {
+            self.enter_table(offset, table);
+        }
+        true
+    }
+
+    fn enter_runs(&mut self, offset: u64, table: &Table, runs: &[(usize, usize)]) {
+        for &(index, count) in runs {
+            let start = index as u64 * table.unit;
+            if let Some(piece) = table.piece(start) {
+                let length = count as u64 * table.unit;
+                self.enter(offset + start, Piece { length, ..piece });
+            }
+        }
+        self.evict(offset..offset + table.length());
+    }
+
+    fn enter_table(&mut self, offset: u64, table: Table) {
+        let end = offset + table.length();
+        while let Some((&start, other)) = self.tables.range(..end).next_back()
+            && start + other.length() > offset
+        {
+            self.drop_table(start);
+        }
+        self.tables_weight += table.weight();
+        self.tables.insert(offset, table);
+        while self.tables_weight > self.entries_max / 2 && self.tables.len() > 1 {
+            let from = |at| {
+                self.tables
+                    .range(at..)
+                    .map(|(&start, _)| start)
+                    .find(|start| *start != offset)
+            };
+            let victim = from(self.hand).or_else(|| from(0)).expect("there are two");
+            self.hand = victim;
+            self.drop_table(victim);
+        }
+        self.evict(0..0);
+    }
+
+    fn drop_table(&mut self, start: u64) {
+        if let Some(table) = self.tables.remove(&start) {
+            self.tables_weight -= table.weight();
+        }
+    }
+
+    /// Forget the bytes from `start` up to `end`, whatever knows them.
+    fn forget(&mut self, start: u64, end: u64) {
+        self.remove(start, end);
+        let mut before = end;
+        while let Some((&first, table)) = self.tables.range_mut(..before).next_back() {
+            let stop = first + table.length();
+            if stop <= start {
+                break;
+            }
+            if start <= first && stop <= end {
+                self.drop_table(first);
+            } else {
+                table.forget(start.max(first) - first, end - first);
+            }
+            before = first;
+        }
+    }
+
     /// The mapping of the range is no longer what it was: drop it, and number the change.
     pub fn changed(&mut self, offset: u64, length: u64) {
         let end = offset.saturating_add(length);
-        self.remove(offset, end);
+        self.forget(offset, end);
         self.sequence += 1;
         if self.history.len() == HISTORY_MAX {
             self.history.pop_front();
@@ -263,6 +515,8 @@ impl Cache {
     /// Forget everything. Running fills are not affected: it is not a change.
     pub fn clear(&mut self) {
         self.entries.clear();
+        self.tables.clear();
+        self.tables_weight = 0;
     }
 
     /// What is known of the range without a gap from `offset` on, cut to it.
@@ -276,19 +530,36 @@ impl Cache {
             }
             // The first entry is the one that begins at or before `offset`, found from the left;
             // the others need a second descent of the tree, which most lookups never make.
-            let (&start, piece) = if position == offset {
-                self.entries.range(..=offset).next_back()?
+            let entry = if position == offset {
+                self.entries.range(..=offset).next_back()
             } else {
                 rest.get_or_insert_with(|| self.entries.range(position..))
-                    .next()?
+                    .next()
             };
-            if start > position || start + piece.length <= position {
-                return None;
-            }
-            let part = piece.cut(position - start, piece.length.min(end - start));
+            let part = match entry {
+                Some((&start, piece)) if start <= position && start + piece.length > position => {
+                    piece.cut(position - start, piece.length.min(end - start))
+                }
+                _ => {
+                    rest = None; // it is past what a table may know
+                    self.packed_piece(position, end)?
+                }
+            };
             position += part.length;
             Some(part)
         })
+    }
+
+    /// What a table knows from `position` on, cut to `end`, and to where an entry begins, which may know more.
+    fn packed_piece(&self, position: u64, end: u64) -> Option<Piece> {
+        if self.tables.is_empty() {
+            return None;
+        }
+        let (start, table) = self.tables.range(..=position).next_back()?;
+        let piece = table.piece(position - start)?;
+        let entry = self.entries.range(position..).next();
+        let limit = entry.map_or(end, |(&next, _)| next.min(end)) - position;
+        Some(piece.cut(0, piece.length.min(limit)))
     }
 
     /// Make the range of `piece` live at its target, merged with neighbours that it continues.
@@ -627,6 +898,157 @@ mod tests {
         cache.fill(0, 20, &[piece(1, Target::Code), piece(9, Target::Zero)]);
         cache.changed(5, 1);
         assert_eq!(cache.len(), 4);
+    }
+
+    const UNIT: u64 = 4;
+
+    fn packing() -> Packing {
+        Packing {
+            unit: UNIT,
+            file: 1,
+            places: 0xff00,
+            refused: 0x1,
+            zeroes: vec![(0x3, 0x2)],
+            limit: 0x8000,
+        }
+    }
+
+    fn packed(places: &[u64]) -> Vec<u64> {
+        places.iter().map(|place| place << 8).collect()
+    }
+
+    #[test]
+    fn a_table_knows_what_its_words_say() {
+        let mut cache = Cache::new(1000);
+        // Every unit apart; then zeroes, a refused one, one past the limit, and zeroes again.
+        let mut words = packed(&[
+            9, 5, 7, 3, 1, 11, 13, 2, 6, 4, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+        ]);
+        words.extend([0x2, 0x1, 0x8000, 0x2]);
+        assert!(cache.fill_table(0, 100, &packing(), &words));
+        assert_eq!((cache.len(), cache.packed()), (0, 24));
+        let at = |offset: u64| place(offset << 8, false);
+        let known = vec![
+            piece(2, place(0x902, false)),
+            piece(4, at(5)),
+            piece(1, at(7)),
+        ];
+        assert_eq!(looked_up(&cache, 102, 7), (7, known));
+        assert_eq!(
+            looked_up(&cache, 176, 90),
+            (8, vec![piece(4, at(26)), piece(4, Target::Zero)])
+        );
+        assert_eq!(looked_up(&cache, 184, 4).0, 0);
+        assert_eq!(looked_up(&cache, 188, 9).0, 0);
+        assert_eq!(looked_up(&cache, 192, 9), (4, vec![piece(4, Target::Zero)]));
+        assert_eq!(looked_up(&cache, 99, 9).0, 0);
+        assert_eq!(
+            cache.runs(90, 120, false),
+            vec![(10, false), (84, true), (8, false), (4, true), (14, false)]
+        );
+        assert_eq!(cache.lookup_writable(100, 4, &mut Vec::new()), 0);
+    }
+
+    #[test]
+    fn a_table_of_long_runs_is_entered_as_pieces() {
+        let mut cache = Cache::new(1000);
+        let packing = Packing {
+            unit: 256,
+            ..packing()
+        };
+        let words: Vec<u64> = (1..=20).map(|index| index * 256).collect();
+        assert!(cache.fill_table(0, 512, &packing, &words));
+        assert_eq!((cache.len(), cache.packed()), (1, 0));
+        assert_eq!(looked_up(&cache, 600, 99999).0, 512 + 20 * 256 - 600);
+    }
+
+    #[test]
+    fn what_changes_is_cut_out_of_tables_too() {
+        let mut cache = Cache::new(1000);
+        let words = packed(&(1..40).map(|index| index * 37 % 41).collect::<Vec<_>>());
+        let before = cache.sequence();
+        cache.changed(105, 4); // before the table comes: an older answer
+        assert!(cache.fill_table(before, 100, &packing(), &words));
+        assert_eq!(
+            cache.runs(100, 16, false),
+            vec![(4, true), (8, false), (4, true)]
+        );
+        cache.changed(112, 1);
+        assert_eq!(
+            cache.runs(100, 24, false),
+            vec![(4, true), (12, false), (8, true)]
+        );
+        cache.fill(cache.sequence(), 106, &[piece(2, place(7, true))]);
+        assert_eq!(
+            cache.runs(100, 12, false),
+            vec![(4, true), (2, false), (2, true), (4, false)]
+        );
+        assert!(cache.has_table(100) && !cache.has_table(99) && !cache.has_table(100 + 39 * UNIT));
+        cache.changed(0, 1000);
+        assert_eq!((cache.packed(), cache.tables_weight), (0, 0));
+        for _ in 0..HISTORY_MAX {
+            cache.changed(0, 1);
+        }
+        assert!(!cache.fill_table(before, 100, &packing(), &words));
+    }
+
+    #[test]
+    fn tables_are_bounded_and_disjoint() {
+        let mut cache = Cache::new(20);
+        let words = packed(&(1..41).map(|index| index * 37 % 41).collect::<Vec<_>>());
+        for index in 0..9 {
+            assert!(cache.fill_table(0, index * 1000, &packing(), &words));
+            assert!(cache.has_table(index * 1000));
+        }
+        assert_eq!(cache.packed(), 80);
+        assert!(cache.fill_table(0, 8100, &packing(), &words));
+        assert!(!cache.has_table(8000) && cache.has_table(8100));
+        assert!(!cache.fill_table(0, u64::MAX - 100, &packing(), &words));
+    }
+
+    #[test]
+    fn tables_and_entries_equal_a_model() {
+        for seed in 0..100 {
+            let mut random = Random(seed);
+            let mut cache = Cache::new(usize::MAX);
+            // What is true of a byte now, and what was when a running fill began.
+            let mut truth: Vec<u64> = (0..DISK / UNIT).map(|_| random.below(200)).collect();
+            let (mut sequence, mut answer) = (0, truth.clone());
+            for _ in 0..400 {
+                let unit = random.below(DISK / UNIT) as usize;
+                match random.below(5) {
+                    0 => {
+                        truth[unit] = random.below(200);
+                        cache.changed(unit as u64 * UNIT, UNIT);
+                    }
+                    1 => (sequence, answer) = (cache.sequence(), truth.clone()),
+                    2 => {
+                        let words = packed(&answer[unit..]);
+                        assert!(cache.fill_table(sequence, unit as u64 * UNIT, &packing(), &words));
+                    }
+                    3 if answer[unit] < 128 => {
+                        let known = piece(UNIT, place(answer[unit] << 8, random.one_in(2)));
+                        assert!(cache.fill(sequence, unit as u64 * UNIT, &[known]));
+                    }
+                    _ => {
+                        let (offset, length) = random_range(&mut random);
+                        let mut position = offset;
+                        for piece in looked_up(&cache, offset, length).1 {
+                            for byte in position..position + piece.length {
+                                let there = place(
+                                    (truth[(byte / UNIT) as usize] << 8) + byte % UNIT,
+                                    false,
+                                );
+                                let found =
+                                    piece.target.advanced(byte - position).expect("in bounds");
+                                assert_eq!(found.with_writable(false), there);
+                            }
+                            position += piece.length;
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// What every byte of a small disk lives at, the simplest way.

@@ -53,7 +53,7 @@ use pyo3::types::{PyBytes, PyDict, PyMemoryView, PySlice, PyString};
 use rustix::io::Errno;
 
 use crate::engine::{Backend, Mode, Settings};
-use crate::extents::{Piece, Target, Through};
+use crate::extents::{Packing, Piece, Target, Through};
 use crate::fault::Step;
 use crate::handshake::{Action, Said};
 use crate::limits::Limits;
@@ -588,6 +588,42 @@ impl Export {
             .detach(|| self.export.fill(sequence, offset, &pieces)))
     }
 
+    #[pyo3(signature = (sequence, offset, words, *, file, unit, places, refused, zeroes, limit))]
+    #[allow(clippy::too_many_arguments)] // they are keywords
+    fn fill_table(
+        &self,
+        py: Python<'_>,
+        sequence: u64,
+        offset: u64,
+        words: PyBuffer<u64>,
+        file: &Bound<'_, File>,
+        unit: u64,
+        places: u64,
+        refused: u64,
+        zeroes: Vec<(u64, u64)>,
+        limit: u64,
+    ) -> PyResult<bool> {
+        if !unit.is_power_of_two() || unit < 4 {
+            return Err(PyValueError::new_err(
+                "a unit is a power of two, at least 4",
+            ));
+        }
+        let words = words.to_vec(py)?;
+        let packing = Packing {
+            unit,
+            file: file.get().file.id,
+            places,
+            refused,
+            zeroes,
+            limit,
+        };
+        Ok(py.detach(|| self.export.fill_table(sequence, offset, &packing, &words)))
+    }
+
+    fn has_table(&self, offset: u64) -> bool {
+        self.export.has_table(offset)
+    }
+
     fn changed(&self, py: Python<'_>, offset: u64, length: u64) {
         py.detach(|| self.export.changed(offset, length));
     }
@@ -629,6 +665,8 @@ impl Export {
         dict.set_item("write_calls", counters.write_calls.load(Relaxed))?;
         dict.set_item("other_calls", counters.other_calls.load(Relaxed))?;
         dict.set_item("extents", self.export.extents())?;
+        dict.set_item("packed", self.export.packed())?;
+        dict.set_item("cache_bytes", self.export.cache_bytes())?;
         Ok(dict)
     }
 }
