@@ -24,7 +24,9 @@ class Occupied:
         """Take all of these at once; the first that occurs twice, if any does."""
         clusters.sort()
         self._clusters = array("Q", clusters)
-        return next((here for here, after in pairwise(clusters) if here == after), None)
+        if len(set(clusters)) == len(clusters):
+            return None
+        return next(here for here, after in pairwise(clusters) if here == after)
 
     def add(self, start: int, count: int = 1) -> None:
         """Add ``count`` clusters, none of which is in the set."""

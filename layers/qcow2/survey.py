@@ -6,7 +6,9 @@ the file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from operator import or_
 
 from layers.ondisk.qcow2 import COPIED, CRYPT_LUKS, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from layers.qcow2.bitmap_directory import Directory, places
@@ -37,9 +39,9 @@ class Survey:
 
     def fill(self, occupied: Occupied) -> None:
         """Put every cluster of metadata that is known into ``occupied``. Raises ImageError, OSError."""
-        clusters: list[int] = []
+        clusters = self._l2_clusters()
         clusters_max = self._header.geometry.clusters(self._storage.size)
-        for what, start, count in self._all():
+        for what, start, count in self._all(but_l2_tables=bool(clusters)):
             if len(clusters) + count > clusters_max:
                 raise self._storage.error(f"{what}: no room for it in a file of {self._storage.size} bytes")
             clusters.extend(range(start, start + count))
@@ -51,7 +53,7 @@ class Survey:
                 twice * self._storage.cluster_size,
             )
 
-    def _all(self) -> Iterator[tuple[str, int, int]]:
+    def _all(self, *, but_l2_tables: bool = False) -> Iterator[tuple[str, int, int]]:
         """(what, first cluster, clusters) of every table."""
         header, size = self._header, self._storage.cluster_size
         yield "header", 0, 1
@@ -61,7 +63,8 @@ class Survey:
             offset, length = header.encryption
             yield "encryption header", offset // size, header.geometry.clusters(length)
         yield from self._refcount_blocks()
-        yield from self._l2_tables()
+        if not but_l2_tables:
+            yield from self._l2_tables()
         yield from self._snapshots()
         if self._bitmaps.entries:
             yield "bitmap directory", self._bitmaps.offset // size, header.geometry.clusters(self._bitmaps.size)
@@ -77,6 +80,21 @@ class Survey:
                 raise self._storage.error(what, named_at, f"{place:#x}", "reserved bits clear")
             self._storage.check_place(what, named_at, place)
             yield what, place // self._storage.cluster_size, 1
+
+    def _l2_clusters(self) -> list[int]:
+        """The clusters of the L2 tables, if they all are this disk's alone and can be where they are said to be: of
+        large disks there are 100,000s. Nothing if one has to be looked at by itself."""
+        storage, used = self._storage, list(filter(None, self._mapping.l1_entries))
+        unusual = L1_RESERVED | storage.cluster_size - 1
+        if (
+            not used
+            or min(used) <= COPIED
+            or max(used) >= COPIED + storage.size
+            or functools.reduce(or_, used) & unusual
+        ):
+            return []
+        bits = self._header.geometry.cluster_bits
+        return [(entry ^ COPIED) >> bits for entry in used]
 
     def _l2_tables(self) -> Iterator[tuple[str, int, int]]:
         shared = set()

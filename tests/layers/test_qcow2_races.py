@@ -18,7 +18,7 @@ from nbdserver.extent import Extent, Intent, Special
 from nbdserver.graph import Graph, flatten
 from nbdserver.layer import Layer
 from nbdserver.reference import Reference, open_stack
-from nbdserver.request import Flag, Request
+from nbdserver.request import Flag, Request, Vector
 from tests.layers.qcow2_check import check, read
 from tests.layers.qcow2_kit import VARIANTS, Operation, RecordedFile, Thread, open_recorded
 from tests.serving import check as qemu_check
@@ -95,12 +95,12 @@ class Image(NamedTuple):
         return cls(path.read_bytes(), beside.read_bytes() if beside.exists() else None)
 
 
-def _create(path: Path, variant: str) -> Path:
-    options: dict[str, Any] = {**VARIANTS[variant], "cluster_size": CLUSTER}
+def _create(path: Path, variant: str, cluster: int = CLUSTER) -> Path:
+    options: dict[str, Any] = {**VARIANTS[variant], "cluster_size": cluster}
     create(path, SIZE, **options)
     qemu_io(path, f"write -P 1 0 {USED}")
     if "data_file" not in options:
-        qemu_io(path, f"write -c -P 2 {COMPRESSED} {CLUSTER}")
+        qemu_io(path, f"write -c -P 2 {COMPRESSED} {max(cluster, CLUSTER)}")
     return path
 
 
@@ -114,6 +114,34 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
 def any_image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
     """Every kind of image in which writes allocate."""
     return Image.at(_create(tmp_path / "image", request.param))
+
+
+class Sized(NamedTuple):
+    """An image, and its clusters' size."""
+
+    image: Image
+    cluster: int
+
+
+#: Small clusters, of which many are under one request, and which are less than a page; and every kind.
+SIZED = {"512": 512, "4K": 4 * KIB, "64K": 64 * KIB, "subclusters": CLUSTER}
+
+
+def _sized(directory: Path, name: str) -> Sized:
+    cluster, variant = SIZED.get(name, CLUSTER), name if name in VARIANTS else "plain"
+    return Sized(Image.at(_create(directory / "image", variant, cluster)), cluster)
+
+
+@pytest.fixture(params=[*SIZED, "data file", "data file, subclusters"])
+def sized(request: pytest.FixtureRequest, tmp_path: Path) -> Sized:
+    """Every kind of image in which writes allocate."""
+    return _sized(tmp_path, request.param)
+
+
+@pytest.fixture(params=SIZED)
+def sized_whole(request: pytest.FixtureRequest, tmp_path: Path) -> Sized:
+    """Those that can have snapshots."""
+    return _sized(tmp_path, request.param)
 
 
 @pytest.fixture
@@ -150,23 +178,51 @@ def _syncs(operation: Operation) -> bool:
     return operation.name == "sync"
 
 
-def test_trim_waits_for_an_allocating_write_of_the_same_cluster(any_image: Image) -> None:
-    with _opened(any_image) as (files, disk, _):
+def test_trim_waits_for_an_allocating_write_of_the_same_cluster(sized: Sized) -> None:
+    image, cluster = sized
+    with _opened(image) as (files, disk, _):
         stop = Stop(files, _writes(b"new"))
-        write = Thread(lambda: disk.write(FREE, b"new" + bytes(CLUSTER - 3)))
+        write = Thread(lambda: disk.write(FREE, b"new" + bytes(cluster - 3)))
         stop.wait()
-        trim = Thread(lambda: disk.root.trim(Request.trim(FREE, CLUSTER)))  # as if the mapping had been known
+        trim = Thread(lambda: disk.root.trim(Request.trim(FREE, cluster)))  # as if the mapping had been known
         assert trim.waits()
+        disk.trim(FREE + cluster, cluster)  # what is beside it does not
         stop.let_go()
         write.done()
         trim.done()
-        assert disk.read(FREE, CLUSTER) == bytes(CLUSTER)
+        assert disk.read(FREE, cluster) == bytes(cluster)
 
 
-def test_writes_to_halves_of_a_new_cluster_are_both_there(any_image: Image) -> None:
+def test_an_allocating_write_waits_for_a_trim_of_the_same_cluster(sized: Sized) -> None:
+    """The other way round: the write finds the cluster gone, and takes another, not the one that is being freed."""
+    image, cluster = sized
+    with _opened(image) as (_, disk, layer):
+        reached, go = threading.Event(), threading.Event()
+        changed = layer.changed
+
+        def pause(offset: int, length: int) -> None:
+            changed(offset, length)
+            reached.set()
+            assert go.wait(10), "never let go"
+
+        layer.writer._changed = pause
+        trim = Thread(lambda: disk.trim(0, cluster))
+        assert reached.wait(10)
+        layer.writer._changed = changed
+        write = Thread(lambda: disk.root.write(Request.write(0, Vector.of(bytearray(b"new" + bytes(cluster - 3))))))
+        assert write.waits()
+        go.set()
+        trim.done()
+        write.done()
+        assert disk.read(0, cluster) == b"new" + bytes(cluster - 3)
+        assert disk.read(cluster, cluster) == b"\1" * cluster
+
+
+def test_writes_to_halves_of_a_new_cluster_are_both_there(sized: Sized) -> None:
     """The second resolves again after it has waited, and finds the cluster that the first has allocated."""
-    half = CLUSTER // 2
-    with _opened(any_image) as (files, disk, _):
+    image, cluster = sized
+    half = cluster // 2
+    with _opened(image) as (files, disk, _):
         stop = Stop(files, _writes(b"one"))
         one = Thread(lambda: disk.write(FREE, b"one" + bytes(half - 3)))
         stop.wait()
@@ -175,12 +231,13 @@ def test_writes_to_halves_of_a_new_cluster_are_both_there(any_image: Image) -> N
         stop.let_go()
         one.done()
         two.done()
-        assert disk.read(FREE, CLUSTER) == b"one" + bytes(half - 3) + b"two" + bytes(half - 3)
-        (run,) = {run.place for run, _, _ in disk.root.reader.spans(FREE, CLUSTER)}  # type: ignore[attr-defined]
+        assert disk.read(FREE, cluster) == b"one" + bytes(half - 3) + b"two" + bytes(half - 3)
+        (run,) = {run.place for run, _, _ in disk.root.reader.spans(FREE, cluster)}  # type: ignore[attr-defined]
         assert run is not None, "one cluster"
 
 
-def test_copying_a_shared_cluster_against_a_write_to_its_other_half(tmp_path: Path, image: Image) -> None:
+def test_copying_a_shared_cluster_against_a_write_to_its_other_half(tmp_path: Path, sized_whole: Sized) -> None:
+    image, cluster = sized_whole
     path = tmp_path / "shared"
     path.write_bytes(image.file)
     run("qemu-img", "snapshot", "-c", "s", path)
@@ -188,12 +245,13 @@ def test_copying_a_shared_cluster_against_a_write_to_its_other_half(tmp_path: Pa
         stop = Stop(files, _writes(b"one"))
         one = Thread(lambda: disk.write(0, b"one"))
         stop.wait()
-        two = Thread(lambda: disk.write(CLUSTER - 3, b"two"))
-        assert two.waits()
+        two = Thread(lambda: disk.write(cluster - 3, b"two"))
+        over = Thread(lambda: disk.write(1, b"ver"))  # and one that overlaps the first: it comes second
+        assert two.waits() and over.waits()
         stop.let_go()
-        one.done()
-        two.done()
-        assert disk.read(0, CLUSTER) == b"one" + b"\1" * (CLUSTER - 6) + b"two"
+        for thread in (one, two, over):
+            thread.done()
+        assert disk.read(0, cluster) == b"over" + b"\1" * (cluster - 7) + b"two"
     path.write_bytes(files.image.data)
     run("qemu-img", "snapshot", "-a", "s", path)
     assert read(path.read_bytes())[:USED] == b"\1" * USED
@@ -429,6 +487,36 @@ def test_a_freed_place_is_not_reused_while_somebody_reads_it(variant: str, tmp_p
             assert file.read_bytes()[place.offset : place.offset + CLUSTER] == b"\1" * CLUSTER
         flush.done()
         disk.flush()
+    qemu_check(path)
+
+
+@pytest.mark.parametrize("cluster", [512, 4 * KIB, 64 * KIB])
+def test_a_discarded_cluster_is_not_reused_under_a_write_in_flight(cluster: int, tmp_path: Path) -> None:
+    """The write has been looked up, in place, and is slow; what it was to overwrite is discarded meanwhile. It may
+    land in no other guest cluster."""
+    path = create(tmp_path / "used", 8 * MIB, cluster_size=cluster)
+    qemu_io(path, f"write -P 1 0 {16 * cluster}")
+    layer = Qcow2(File(str(path)), allocation_ahead=0)
+    other = 2 * MIB
+    with open_stack(layer) as disk:
+        place = next(iter(flatten(layer, 3 * cluster, cluster, Intent.WRITE)))
+        assert not isinstance(place.target, Special) and place.writable
+        with place.target.use(place.offset, cluster):
+            disk.trim(0, 16 * cluster)
+            flush = Thread(disk.flush)
+            assert flush.waits()
+            for number in range(24):
+                disk.write(other + number * cluster, b"o" * cluster)
+            place.target.write(place.offset, Vector.of(bytearray(b"w" * cluster)))
+        flush.done()
+        assert disk.read(other, 24 * cluster) == b"o" * 24 * cluster
+        disk.flush()
+        size = path.stat().st_size
+        for number in range(24, 36):
+            disk.write(other + number * cluster, b"p" * cluster)
+        assert path.stat().st_size == size, "reused once it is safe"
+        assert disk.read(0, 16 * cluster) == bytes(16 * cluster)
+        assert disk.read(other, 36 * cluster) == b"o" * 24 * cluster + b"p" * 12 * cluster
     qemu_check(path)
 
 
