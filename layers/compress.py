@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from nbdserver.errors import ConfigError
 from nbdserver.extent import CODE, NO_LIMITS, BlockLimits, Extent, Intent
-from nbdserver.format import HasClusters
+from nbdserver.format import Compresses
 from nbdserver.graph import bare
 from nbdserver.layer import Buffers, Layer, Opener, finish
 from nbdserver.permissions import Grant, Permission
@@ -45,8 +45,10 @@ class Compress(Layer):
 
     def open(self, opener: Opener) -> None:
         layer = self._bottom
-        if Flag.WRITE_COMPRESSED not in layer.supported_write_flags or not isinstance(layer, HasClusters):
+        if not isinstance(layer, Compresses):
             raise ConfigError(f"layers of the type {layer.type!r} cannot compress", key="file")
+        if layer.why_uncompressed is not None:
+            raise ConfigError(f"{layer.filename}: {layer.why_uncompressed}", key="file")
 
     @property
     def _bottom(self) -> Layer:
@@ -66,7 +68,7 @@ class Compress(Layer):
     @property
     def limits(self) -> BlockLimits:
         below = self._bottom  # asked every time: another image may have been put in its place
-        return _limits(below.cluster_size) if isinstance(below, HasClusters) else NO_LIMITS
+        return _limits(below.cluster_size) if isinstance(below, Compresses) else NO_LIMITS
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterable[Extent]:
         if intent is Intent.READ:

@@ -197,6 +197,18 @@ class HasClusters(Protocol):
 
 
 @runtime_checkable
+class Compresses(Protocol):
+    """A format that stores what is written with WRITE_COMPRESSED compressed, if that is whole clusters."""
+
+    @property
+    def cluster_size(self) -> int: ...
+
+    @property
+    def why_uncompressed(self) -> str | None:
+        """Why this image has no compressed data, so that such writes fail; None: it can have some."""
+
+
+@runtime_checkable
 class HasDirtyFlag(Protocol):
     """A format whose images say whether they were closed properly."""
 

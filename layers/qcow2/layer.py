@@ -438,6 +438,10 @@ class Qcow2(Layer):
         return self.reader.geometry.cluster_size
 
     @property
+    def why_uncompressed(self) -> str | None:
+        return self._writer.why_uncompressed if self._writer is not None else None
+
+    @property
     def dirty_flag(self) -> bool:
         if self._marks is not None:
             return self._marks.has(INCOMPATIBLE_DIRTY)

@@ -372,6 +372,15 @@ class Writer:
 
     # -- compressed -------------------------------------------------------------------------------------------------
 
+    @property
+    def why_uncompressed(self) -> str | None:
+        """Why the image can have no compressed clusters; None: it can."""
+        if self._data_file is not None:
+            return "nothing is compressed in an external data file"
+        if self._data.is_encrypted:
+            return "nothing is compressed in an encrypted image: it would not be encrypted"
+        return None
+
     def write_compressed(self, request: Request) -> None:
         """Write whole clusters, at the end of the disk as far as it goes. Those that compression makes no smaller are
         written as they are.
@@ -380,10 +389,8 @@ class Writer:
         is encrypted, for what is compressed is not (QEMU's tools let it out like that).
         """
         size = self._geometry.cluster_size
-        if self._data_file is not None:
-            raise RequestError(errno.ENOTSUP, "nothing is compressed in an external data file")
-        if self._data.is_encrypted:
-            raise RequestError(errno.ENOTSUP, "nothing is compressed in an encrypted image: it would not be encrypted")
+        if self.why_uncompressed is not None:
+            raise RequestError(errno.ENOTSUP, self.why_uncompressed)
         if request.offset % size or (request.end % size and request.end != self._reader.size):
             raise RequestError(
                 errno.EINVAL,

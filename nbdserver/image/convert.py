@@ -12,7 +12,7 @@ import click
 
 from nbdserver.errors import ConfigError, ImageError, NbdserverError
 from nbdserver.extent import Extent, Intent
-from nbdserver.format import HasBitmaps, HasClusters, MapEntry
+from nbdserver.format import Compresses, HasBitmaps, HasClusters, MapEntry
 from nbdserver.image import creation
 from nbdserver.image.allocation import Run, bare, chain, joined, runs
 from nbdserver.image.copying import (
@@ -213,6 +213,8 @@ class Conversion:
     def _existing(self, images: Images, source: Layer) -> Layer:
         self._check_compression(None)
         target = images.open(self.target, self.target_format, read_only=False, cache=self._cache)
+        if self.compress and isinstance(target, Compresses) and target.why_uncompressed is not None:
+            raise ImageError(target.why_uncompressed, path=self.target)
         if target.size < source.size:
             raise ImageError("is too small", path=self.target, found=target.size, wanted=f"at least {source.size}")
         return target
@@ -221,7 +223,7 @@ class Conversion:
         if not self.compress:
             return
         cls = layer_type(self.target_format)
-        if not (cls.supported_write_flags & Flag.WRITE_COMPRESSED and isinstance(cls, HasClusters)):
+        if not isinstance(cls, Compresses):
             raise ConfigError(f"images of the format {self.target_format!r} cannot be compressed", file=self.target)
         if getattr(options, "preallocation", "off") not in ("off", None):
             raise ConfigError("what is compressed cannot be preallocated", file=self.target, key="preallocation")
@@ -240,7 +242,7 @@ class Conversion:
             fills_holes=not self.sparse_size,
             is_zeroed=self.target_is_zero or (not self.no_create and _reads_as_zeroes(target)),
             flags=Flag.WRITE_COMPRESSED if self.compress else Flag.NONE,
-            unit=target.cluster_size if self.compress and isinstance(target, HasClusters) else 1,
+            unit=target.cluster_size if self.compress and isinstance(target, Compresses) else 1,
             workers=self.parallel,
             # Compressing takes longer than writing, and is done where the writing is.
             in_order=isinstance(target, HasClusters) and not (self.oob_writes or self.compress),

@@ -20,7 +20,7 @@ import click
 
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.files import own_roots, resolve_name, within
-from nbdserver.format import HasBacking, HasClusters, Progress, no_progress
+from nbdserver.format import Compresses, HasBacking, HasClusters, Progress, no_progress
 from nbdserver.graph import execute
 from nbdserver.image import wording
 from nbdserver.image.ahead import run_ahead
@@ -110,7 +110,7 @@ def open_rebasing(
 ) -> Rebasing:
     """Open all that a safe rebase needs. Raises ImageError, ConfigError, OSError."""
     name = images.format(path, format)
-    if compress and not layer_type(name).supported_write_flags & Flag.WRITE_COMPRESSED:
+    if compress and not isinstance(layer_type(name), Compresses):
         raise ConfigError(f"images of the format {name!r} cannot be compressed", file=path)
     old, new = _old(images, path, name), None
     if backing:
@@ -118,6 +118,8 @@ def open_rebasing(
         found = (layer for layer in chain(old) if _is_at(layer, below)) if old is not None else iter(())
         new = next(found, None) or images.open(below, backing_format)
     image = images.open(path, name, read_only=False, keys={"backing": new or False})
+    if compress and isinstance(image, Compresses) and image.why_uncompressed is not None:
+        raise ImageError(image.why_uncompressed, path=path)
     return Rebasing(image, old, new, Flag.WRITE_COMPRESSED if compress else Flag.NONE)
 
 

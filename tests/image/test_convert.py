@@ -125,6 +125,15 @@ def test_an_overlay_is_compressed(zoo: dict[str, Sample], tmp_path: Path) -> Non
     assert image_json("check", path)["compressed-clusters"] >= 4
 
 
+def test_what_can_have_nothing_compressed_is_left_alone(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk", 4 * MIB, data_file="beside")
+    qemu_io(path, "write -P 1 0 1M")
+    before = content(path)
+    refused = image("convert", "-c", "-n", "-f", "raw", "-O", "qcow2", _blocks(tmp_path), path, status=1)
+    assert "disk: nothing is compressed in an external data file" in refused.stderr
+    assert content(path) == before
+
+
 def test_an_image_that_is_there_is_written_over_compressed(tmp_path: Path) -> None:
     """Where there is data already, too; qemu-img fails there with EIO."""
     source, path = _blocks(tmp_path), create(tmp_path / "disk", 4 * MIB)

@@ -167,6 +167,16 @@ def test_what_cannot_compress_is_refused(below: Layer, told: str) -> None:
         pass
 
 
+def test_an_image_that_can_have_nothing_compressed_is_refused(tmp_path: Path) -> None:
+    """QEMU tells who writes."""
+    path = create(tmp_path / "disk", MIB, data_file="beside")
+    refused = pytest.raises(ConfigError, match=r"file: .*/disk: nothing is compressed in an external data file")
+    with refused, open_stack(Compress(Qcow2(File(str(path))))):
+        pass
+    with open_stack(Compress(Qcow2(File(str(path)))), read_only=True) as disk:
+        assert disk.read(0, 10) == bytes(10)
+
+
 def test_nobody_else_may_write_what_it_reads_and_writes_back(path: Path) -> None:
     below = Qcow2(File(str(path)))
     with open_stack(Compress(below)) as disk:
