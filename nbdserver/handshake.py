@@ -399,7 +399,7 @@ class Handshake:
         for name, export in sorted(self._exports().items()):
             if name != export.name:  # An alias, such as the default export's: listed under its own name.
                 continue
-            if (export.needs_tls and not self._is_secure) or not export.access.admits(self._who):
+            if self._hides(export) or (export.needs_tls and not self._is_secure):
                 continue
             encoded_name = name.encode()
             details = struct.pack(">I", len(encoded_name)) + encoded_name + export.description.encode()
@@ -499,14 +499,19 @@ class Handshake:
         """The export called ``name``. ``insecure``: how a client without TLS is told that it needs it. (ERR_TLS_REQD is
         for INFO and GO alone: proto.md, "SELECTIVETLS mode".)"""
         export = self._exports().get(name)
-        if export is not None and not export.access.admits_origin(self._who):
-            export = None
-        if export is not None and export.needs_tls and not self._is_secure:
-            raise _RefusalError(insecure, f"export {_shown(name)} is to be had with TLS alone")
-        if export is None or not export.access.admits_identity(self._who):
+        if export is None or self._hides(export):
             what = f"no export is named {_shown(name)}" if name else "there is no default export"
             raise _RefusalError(ReplyType.ERR_UNKNOWN, what)
+        if export.needs_tls and not self._is_secure:
+            raise _RefusalError(insecure, f"export {_shown(name)} is to be had with TLS alone")
         return export
+
+    def _hides(self, export: ExportInfo) -> bool:
+        """Whether the export is not there for this client; one that TLS would show to it is. (proto.md, "NOTLS mode":
+        where there is no TLS, nobody is told of it.)"""
+        if not export.access.admits_origin(self._who) or (export.needs_tls and self._tls is TlsMode.OFF):
+            return True
+        return self._is_secure and not export.access.admits_identity(self._who)
 
     def _entered(self, name: str) -> ExportInfo:
         """The export that transmission is to begin with, there to stay."""

@@ -360,6 +360,8 @@ def test_images_of_one_name() -> None:
         (("disk.img", "--aio", "io_uring", "--backend", "threads"), '--aio: found "io_uring", but the engine'),
         (("disk.img", "--detect-zeroes", "unmap", "--discard", "ignore"), "--detect-zeroes: found"),
         (("disk.img", "-v", "-q"), "--verbose and --quiet contradict each other"),
+        (("disk.img", "--fd", "0", "-l", "nbd://h"), "--fd and --listen contradict each other"),
+        (("disk.img", "--fd", "-1"), "-1 is not in the range"),
         (("disk.img", "--listen", "nbds://h"), "'nbds://h' asks for TLS, which is begun on any address"),
         (("disk.img", "--listen", "nbd://h/x"), "'nbd://h/x' names the export 'x'"),
         (("disk.img", "--format", "rwa"), "there is no layer 'rwa'; did you mean 'raw'?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -460,6 +461,28 @@ def test_exports_are_added_and_removed(controlled: Controlled, tmp_path: Path) -
     assert controlled.run("remove", "part", "--hard").stdout == "'part' has ended\n"
     assert client.rest() == b""
     assert "there is no export 'part'" in controlled.refused("remove", "part")
+
+
+def test_an_export_is_added_for_some(controlled: Controlled, tmp_path: Path) -> None:
+    more, uid = create(tmp_path / "more.qcow2", MIB), os.geteuid()
+    add = functools.partial(controlled.run, "add")
+    for name, user in (("mine", uid), ("others", uid + 1)):
+        assert add(name, more, "-r", "--access", f"{{users = [{user}]}}").exit_code == 0
+    rows = {row["name"]: row for row in controlled.told("list")["exports"]}
+    assert (rows["mine"]["access"], rows["vm"]["access"]) == ({"users": [uid]}, {})
+    assert not rows["mine"]["tls_required"]
+    assert "read-only, restricted" in controlled.run("list").stdout
+    client = controlled.connect("mine")
+    (mine,) = [row for row in controlled.told("list")["exports"] if row["name"] == "mine"]
+    assert [(there["uid"], there["pid"]) for there in mine["clients"]] == [(uid, os.getpid())]
+    client.close()
+    with pytest.raises(AssertionError, match="0x80000006"):
+        controlled.connect("others")
+    refused = controlled.refused("add", "x", more, "-r", "--access", '{subjects = ["*"]}')
+    assert "[exports.x]: access: has subjects or identities, but the server does not use TLS" in refused
+    refused = controlled.refused("add", "x", more, "-r", "--access", '{user = ["root"]}')
+    assert "[exports.x.access]: user: unknown key; did you mean users?" in refused
+    assert "but the server does not use TLS" in controlled.refused("add", "x", more, "-r", "--tls-required")
 
 
 def test_a_filter_is_put_in_and_taken_out_with_a_client_connected(controlled: Controlled) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from nbdserver import limits
+from nbdserver.access import Peer, Rule
 from nbdserver.errors import ConfigError
 from nbdserver.handshake import (
     Begin,
@@ -396,6 +397,71 @@ def test_go_tells_what_info_told() -> None:
             told = ask(handshake, Option.INFO, go("vm", *infos))
             action = handshake.option(Option.GO, go("vm", *infos))
             assert list(replies(action.data, Option.GO)) == told
+
+
+# -- whom exports are for ----------------------------------------------------------------------------------------
+
+MINE = Rule(users=(1000,))
+ALICES = Rule(users=(1000,), subjects=("CN=alice",))
+
+
+def shake_who(who: Peer, rule: Rule) -> Handshake:
+    """With an export "private" that this rule is for, which is the default export too."""
+    private = ExportInfo("private", 1 << 20, access=rule)
+    exports = {"vm": ExportInfo("vm", 1 << 20), "private": private, "": private}
+    handshake = Handshake(lambda: exports, peer="p", who=who, tls=TlsMode.ALLOWED)
+    assert handshake.client_flags(FIXED) is None
+    return handshake
+
+
+def test_an_export_is_there_for_whom_it_is_for() -> None:
+    handshake = shake_who(Peer(uid=1000), MINE)
+    assert names(handshake) == ["private", "vm"]
+    assert isinstance(handshake.option(Option.GO, go("")), Begin)
+
+
+@pytest.mark.parametrize("name", ["private", ""])
+def test_to_others_it_is_not_there(name: str) -> None:
+    """Nor are they told that it would be there with TLS."""
+    for rule in (MINE, ALICES):
+        handshake = structured(shake_who(Peer(uid=1), rule))
+        assert names(handshake) == ["vm"]
+        missing = "no export is named 'private'" if name else "there is no default export"
+        for option in (Option.INFO, Option.GO):
+            assert refused(handshake, option, go(name), ReplyType.ERR_UNKNOWN) == missing
+        for option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
+            assert refused(handshake, option, meta(name), ReplyType.ERR_UNKNOWN) == missing
+        assert isinstance(handshake.option(Option.EXPORT_NAME, name.encode()), End)
+
+
+def test_who_one_is_is_asked_by_tls() -> None:
+    handshake = shake_who(Peer(uid=1000), ALICES)
+    assert names(handshake) == ["vm"]
+    refused(handshake, Option.GO, go("private"), ReplyType.ERR_TLS_REQD)
+    assert isinstance(handshake.option(Option.STARTTLS, b""), StartTls)
+    assert handshake.secured("CN=alice", None) == Peer(uid=1000, subject="CN=alice")
+    assert names(handshake) == ["private", "vm"]
+    assert isinstance(handshake.option(Option.GO, go("private")), Begin)
+
+
+def test_with_tls_it_is_not_there_for_others() -> None:
+    for subject in ("CN=bob", None):
+        handshake = shake_who(Peer(uid=1000), ALICES)
+        handshake.option(Option.STARTTLS, b"")
+        handshake.secured(subject, "alice")
+        assert names(handshake) == ["vm"]
+        refused(handshake, Option.GO, go("private"), ReplyType.ERR_UNKNOWN)
+
+
+def test_where_there_is_no_tls_what_needs_it_is_not_there() -> None:
+    """proto.md, "NOTLS mode": never ERR_TLS_REQD. A listener may be without TLS while the server has it."""
+    for export in (ExportInfo("private", 0, tls_required=True), ExportInfo("private", 0, access=ALICES)):
+        exports = {"private": export}
+        handshake = Handshake(lambda exports=exports: exports, peer="p", who=Peer(uid=1000))
+        assert handshake.client_flags(FIXED) is None
+        assert names(handshake) == []
+        for option in (Option.INFO, Option.GO):
+            refused(handshake, option, go("private"), ReplyType.ERR_UNKNOWN)
 
 
 # -- STARTTLS ----------------------------------------------------------------------------------------------------
