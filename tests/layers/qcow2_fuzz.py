@@ -40,6 +40,8 @@ KIB, MIB = 1 << 10, 1 << 20
 #: What one case may take: processor time, so that a busy machine does not count, and memory.
 CPU_S_MAX = 2.0
 MEMORY_MAX = 256 * MIB
+#: How often one that took too long is tried again.
+RETRIES = 2
 #: When a case hangs for certain, even where the machine is busy: the process ends, and says where it was.
 HANG_S = 120
 
@@ -229,10 +231,21 @@ class Worker:
         self.tally = Tally()
 
     def run(self, number: int) -> None:
-        pick = random.Random(f"{SEED} case {number}")
+        """One case; again if it took too long: on a busy machine, what others do is now and then taken for its own."""
+        tally = self._once(number)
+        for _ in range(RETRIES):
+            if tally.slowest[0][0] > CPU_S_MAX:
+                tally = min(tally, self._once(number), key=lambda each: each.slowest)
+        ((taken, which),), ((grown, _),) = tally.slowest, tally.largest
+        if taken > CPU_S_MAX or grown > MEMORY_MAX:
+            tally.failures.append(f"{which}\ntook {taken:.2f} s and {grown / MIB:.0f} MiB")
+        self.tally.add(tally)
+
+    def _once(self, number: int) -> Tally:
+        pick, tally = random.Random(f"{SEED} case {number}"), Tally(1)
         (seed,) = pick.choices(self._seeds, self._weights)
         known_fields = self._fields.get(seed.name) or self._fields.setdefault(seed.name, fields(seed.image))
-        case = Case(seed, known_fields, pick, self.tally.outcomes)
+        case = Case(seed, known_fields, pick, tally.outcomes)
         which = f"case {number}, {case.notes}"
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -240,11 +253,10 @@ class Worker:
         try:
             case.run()
         except Exception:
-            self.tally.failures.append(f"{which}\n{traceback.format_exc()}")
-        taken, grown = time.process_time() - began, _memory("VmHWM") - before
-        self.tally.add(Tally(1, slowest=[(taken, which)], largest=[(grown, which)]))
-        if taken > CPU_S_MAX or grown > MEMORY_MAX:
-            self.tally.failures.append(f"{which}\ntook {taken:.2f} s and {grown / MIB:.0f} MiB")
+            tally.failures.append(f"{which}\n{traceback.format_exc()}")
+        tally.slowest = [(time.process_time() - began, which)]
+        tally.largest = [(_memory("VmHWM") - before, which)]
+        return tally
 
 
 def _memory(what: str) -> int:
