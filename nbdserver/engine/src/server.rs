@@ -20,8 +20,9 @@ use crate::worker::{Adopted, Message};
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// How often Python is told, at the most, that clients are turned away.
 const SAID_PAUSE: Duration = Duration::from_secs(1);
-/// The default send buffer stalls large replies.
-const SEND_BUFFER: usize = 2 << 20;
+/// Of Unix sockets, whose default stalls large replies (the kernel doubles it): some replies of 256 KiB, and no more, for
+/// what waits for the client longer has left the processor's cache. TCP's is the kernel's to choose, by the way to the client.
+const SEND_BUFFER: usize = 384 << 10;
 
 /// What the accepting thread is told.
 enum Order {
@@ -154,9 +155,10 @@ pub fn hand_over(
     listener: Option<u32>,
     admitted: Admitted,
 ) -> bool {
-    // Both are for speed; a socket that refuses them works all the same.
-    let _ = sockopt::set_tcp_nodelay(&socket, true);
-    let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
+    // Both are for speed, and a socket that refuses them works all the same. Only TCP knows the first.
+    if sockopt::set_tcp_nodelay(&socket, true).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
+    }
     let inboxes = engine.inboxes.iter().filter(|inbox| inbox.is_open());
     let Some(inbox) = inboxes.min_by_key(|inbox| inbox.connections()) else {
         return false;
