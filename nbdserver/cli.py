@@ -40,7 +40,7 @@ from nbdserver.graph import Graph
 from nbdserver.handshake import TlsMode
 from nbdserver.image.cli import image
 from nbdserver.layer import Layer
-from nbdserver.limits import POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
+from nbdserver.limits import FD_MAX, POOL_MAX, POOL_MIN, WORKERS_COUNT_MAX
 from nbdserver.listening import ListenConfig, Listener
 from nbdserver.service import Service, placed
 from nbdserver.tls import TlsConfig
@@ -178,6 +178,14 @@ main.add_command(image)
     "snapshot.name=NAME.",
 )
 @click.option(
+    "--key-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="The passphrase of the images, which are encrypted: all that the file holds.",
+)
+@click.option("--key-env", metavar="NAME", help="... the value of an environment variable.")
+@click.option("--key-fd", metavar="N", type=click.IntRange(0, FD_MAX), help="... what an inherited descriptor gives.")
+@click.option(
     "--root",
     "roots",
     multiple=True,
@@ -257,6 +265,9 @@ def serve(
     bitmaps: tuple[str, ...],
     allocation_depth: bool,
     snapshot: str | None,
+    key_file: str | None,
+    key_env: str | None,
+    key_fd: int | None,
     roots: tuple[str, ...],
     backend: str | None,
     workers: int | None,
@@ -289,6 +300,7 @@ def serve(
       nbdserver serve vm.qcow2
       nbdserver serve --cache none --discard ignore --format raw disk.img
       nbdserver serve --snapshot before-update vm.qcow2
+      nbdserver serve --key-file vm.key encrypted.qcow2
       nbdserver serve --format raw --listen 'nbd+unix:///?socket=/run/nbd.sock' /dev/vg0/disk
       nbdserver serve exports.toml
     """
@@ -308,6 +320,7 @@ def serve(
         "detect_zeroes": detect_zeroes,
     }
     of_image |= {"bitmaps": bitmaps or None, "allocation_depth": allocation_depth or None, "snapshot": snapshot}
+    of_image |= {"key_file": key_file, "key_env": key_env, "key_fd": key_fd}
 
     def configure() -> Config:
         wanted = _configured(sources, of_image, read_only or None)

@@ -81,6 +81,7 @@ from nbdserver.limits import (
     EXPORTS_COUNT_MAX,
     FAULT_THREADS,
     FAULT_THREADS_COUNT_MAX,
+    FD_MAX,
     HANDSHAKE_TIMEOUT,
     LAYERS_COUNT_MAX,
     LISTEN_COUNT_MAX,
@@ -115,6 +116,7 @@ TOP_KEYS: Final = ("listen", "roots", "tls", "limits", "control", "control_mode"
 EXPORT_KEYS: Final = (
     *("image", "format", "layers", "read_only", "description", "default", "tls", "access", "template"),
     *("cache", "aio", "discard", "detect_zeroes", "bitmaps", "allocation_depth", "snapshot"),
+    *("key_file", "key_env", "key_fd"),
 )
 
 #: Keys of an export that go with ``image``, and what they are in ``layers``.
@@ -124,6 +126,17 @@ IMAGE_KEYS: Final = {
     "aio": "a key of the layer file",
     "detect_zeroes": 'a layer, {type = "detect-zeroes"}',
     "snapshot": 'a key of the layer qcow2, or a layer, {type = "snapshot"}',
+    "key_file": "a key of the layers qcow2 and luks",
+    "key_env": "a key of the layers qcow2 and luks",
+    "key_fd": "a key of the layers qcow2 and luks",
+}
+
+#: Those that are keys of the image's layer, and what images are that have no use for them.
+LAYER_KEYS: Final = {
+    "snapshot": "has no internal snapshots",
+    "key_file": "is not encrypted",
+    "key_env": "is not encrypted",
+    "key_fd": "is not encrypted",
 }
 
 #: Keys of an entry of ``listen`` that says more than where.
@@ -199,8 +212,9 @@ class ExportConfig:
     ``access``: whom it is for. ``read_only`` None: not said. ``default``: also served under the empty name.
     ``discard``: one of DISCARDS. Of an image: ``cache`` and ``aio``, as `FileMode` has them, and what ``detect_zeroes``
     (None: as those of the layers of these names are); the ``snapshot`` that is served instead of the disk, by its ID or
-    name, read-only. ``bitmaps``, ``allocation_depth``: meta contexts to offer (`contexts.Contexts`). ``where``: for
-    messages. ``nodes``: what ``layers`` may name.
+    name, read-only; and where its passphrase is, if it is encrypted (`layer.Opener.secret`). ``bitmaps``,
+    ``allocation_depth``: meta contexts to offer (`contexts.Contexts`). ``where``: for messages. ``nodes``: what
+    ``layers`` may name.
     """
 
     name: str
@@ -220,6 +234,9 @@ class ExportConfig:
     bitmaps: tuple[str, ...] | Literal[True] = ()
     allocation_depth: bool = False
     snapshot: str | None = None
+    key_file: str | None = None
+    key_env: str | None = None
+    key_fd: int | None = None
     where: Where = NOWHERE
     nodes: Mapping[str, NodeConfig] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -246,9 +263,10 @@ class ExportConfig:
                 self._check_probed_raw()
                 read_only = True
         mode = FileMode(self.cache or FILE_MODE.cache, self.aio or FILE_MODE.aio)
-        keys = {} if self.snapshot is None else {"snapshot": self.snapshot}
-        if self.snapshot is not None and not registry.has_key(registry.layer_type(format), "snapshot"):
-            _refuse(self.where, "snapshot", f"{self.image} is a {format!r} image, which has no internal snapshots")
+        keys = {key: getattr(self, key) for key in LAYER_KEYS if getattr(self, key) is not None}
+        for key in keys:
+            if not registry.has_key(registry.layer_type(format), key):
+                _refuse(self.where, key, f"{self.image} is a {format!r} image, which {LAYER_KEYS[key]}")
         layer = registry.image(self.image, format, mode, keys)
         if self.detect_zeroes not in (None, "off"):
             layer = registry.build("detect-zeroes", {"file": layer, "detect_zeroes": self.detect_zeroes})
@@ -570,7 +588,7 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
                 table.refuse(key, f"goes with image; in layers it is {instead}")
     description = table.text("description") or ""
     _check_string(description, table.where, "its description")
-    snapshot = table.text("snapshot")
+    key_file, snapshot = table.text("key_file"), table.text("snapshot")
     if snapshot is not None and table.flag("read_only") is False:
         table.refuse("read_only", "found false, but a snapshot is served read-only")
     return ExportConfig(
@@ -590,6 +608,9 @@ def _export(name: str, table: _Table, directory: str, nodes: Mapping[str, NodeCo
         bitmaps=_bitmaps(table),
         allocation_depth=bool(table.flag("allocation_depth")),
         snapshot=snapshot,
+        key_file=key_file if key_file is None else os.path.join(directory, key_file),
+        key_env=table.text("key_env"),
+        key_fd=table.number("key_fd", 0, FD_MAX),
         where=table.where,
         nodes=nodes,
     )

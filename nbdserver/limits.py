@@ -76,6 +76,9 @@ NESTING_MAX: Final = 16
 #: A secret: what cryptsetup reads of a key file by default.
 SECRET_MAX: Final = 8 * MIB
 
+#: A descriptor's number: what Linux lets a process have (fs.nr_open) unless it is told otherwise.
+FD_MAX: Final = (1 << 20) - 1
+
 #: How deep a graph may be (layers on one path), against loops and stack exhaustion. QEMU users rarely pass 200.
 DEPTH_MAX: Final = 1000
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from layers.detect_zeroes import DetectZeroes
 from layers.file import File
+from layers.luks import Luks
 from layers.qcow2 import Qcow2
 from nbdserver import config
 from nbdserver.access import Rule
@@ -266,7 +267,7 @@ def test_enormous_integer(load: Load) -> None:
 
 ALLOWED_EXPORT = (
     "Allowed are: image, format, layers, read_only, description, default, tls, access, template, "
-    "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth, snapshot"
+    "cache, aio, discard, detect_zeroes, bitmaps, allocation_depth, snapshot, key_file, key_env, key_fd"
 )
 
 
@@ -619,6 +620,18 @@ def test_an_image_is_used_as_its_keys_say(load: Load, raw_image: str) -> None:
     file = layer.file.file  # type: ignore[attr-defined]
     assert (file.cache, file.aio) == ("none", "threads")
     assert export.discard == "unmap"
+
+
+def test_the_key_of_an_image(load: Load, tmp_path: Path, raw_image: str) -> None:
+    (export,) = load('[exports.x]\nimage = "x"\nformat = "qcow2"\nkey_file = "x.key"').exports
+    layer, _ = export.build()
+    assert isinstance(layer, Qcow2) and layer.key_file in ("x.key", str(tmp_path / "x.key"))
+    (export,) = load('[exports.x]\nimage = "x"\nformat = "luks"\nkey_fd = 3').exports
+    layer, _ = export.build()
+    assert isinstance(layer, Luks) and (layer.key_file, layer.key_fd) == (None, 3)
+    (export,) = load(f'[exports.x]\nimage = "{raw_image}"\nformat = "raw"\nkey_env = "KEY"').exports
+    with pytest.raises(ConfigError, match=r"\[exports.x\]: key_env: .* 'raw' image, which is not encrypted"):
+        export.build()
 
 
 def test_a_snapshot_is_served_read_only(load: Load, raw_image: str) -> None:

@@ -150,15 +150,18 @@ def _check_encryption(options: Options) -> None:
         for field in given:
             if getattr(options, field.name) is not None:
                 raise ConfigError("there is no encrypt.format that it is of", key=field.metadata["option"])
-    elif options.encrypt_format == "aes":
+        return
+    if options.encrypt_format == "aes":
         raise ConfigError("found 'aes', which is too weak to be used; allowed is luks", key="encrypt.format")
-    elif options.data_file_raw:
+    if options.encrypt_key_secret is None:
+        raise ConfigError("missing: the passphrase of the image", key="encrypt.key-secret")
+    if options.data_file_raw:
         raise ConfigError("a data file that is an image by itself cannot be encrypted", key="data_file_raw")
-    elif options.data_file is not None and options.preallocation != "off":
+    if options.data_file is not None and options.preallocation != "off":
         raise ConfigError(
             "what is preallocated in an encrypted data file, and never written, would be noise", key="preallocation"
         )
-    assert options.recipe is None or options.recipe.length  # it can be had
+    assert options.recipe is not None  # it can be had
 
 
 def _check_geometry(options: Options) -> None:
@@ -277,8 +280,6 @@ def refcount_clusters(others: int, cluster_size: int, refcount_bits: int) -> tup
 def make_image(file: Layer, size: int, options: Options, opener: Opener, progress: Progress) -> None:
     """Make an empty image in ``file`` (see `nbdserver.format.Creates.create`)."""
     plan = Plan(size, options)
-    if plan.recipe is not None and options.encrypt_key_secret is None:
-        raise ConfigError("missing: the passphrase of the new image", key="encrypt.key-secret")
     first = _first_cluster(plan)
     try:
         header = first.encode()

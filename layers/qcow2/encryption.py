@@ -159,7 +159,8 @@ def open_encryption(
         return Encryption(CRYPT_LUKS, found, LOCKED)
     if not given:
         raise ConfigError(
-            f"{file.filename} is encrypted, and there is no key for it: name one of {', '.join(sources)}",
+            f"{file.filename} is encrypted, and there is no key for it: name one of {', '.join(sources)} "
+            "(in image options: encrypt.key-secret)",
             key="key-file",
         )
     assert key_file is not True

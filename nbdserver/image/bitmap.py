@@ -11,6 +11,7 @@ from nbdserver.errors import ImageError, RequestError
 from nbdserver.format import Bitmap, HasBitmaps
 from nbdserver.image import wording
 from nbdserver.image.opening import ALONE, Images, layer_type
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import FORMAT, SIZE, Command, file_argument, format_option, output_option
 from nbdserver.layer import Layer, finish
 
@@ -63,6 +64,7 @@ def _action(name: str, help: str) -> Callable[[Command], Command]:
 @click.option("-b", "--source-file", metavar="FILE", help="The image that has SOURCE.  [default: the same]")
 @click.option("-F", "--source-format", type=FORMAT, metavar="FMT", help="The format of that image.  [default: probed]")
 @output_option
+@access_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -74,6 +76,7 @@ def command(
     source_file: str | None,
     source_format: str | None,
     as_json: bool,
+    access: Access,
 ) -> None:
     """Change the persistent dirty bitmap BITMAP of an image: one thing after the other, in the order given."""
     actions: list[Action] = ctx.meta.get(ACTIONS, [])
@@ -89,7 +92,8 @@ def command(
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise click.UsageError(message)
-    with Images() as images:
+    with access.images() as images:
+        path, format = access.named(images, path, format)
         layer = _open(images, path, format, read_only=False)
         source = layer if source_file is None else _open(images, source_file, source_format, read_only=True)
         for action in actions:

@@ -11,6 +11,7 @@ import click
 from nbdserver.format import Checks, ImageCheck, Progress, Repair, no_progress
 from nbdserver.image import wording
 from nbdserver.image.opening import Images, layer_type
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     cache_option,
     file_argument,
@@ -19,7 +20,6 @@ from nbdserver.image.parameters import (
     output_option,
     progress_option,
     quiet_option,
-    roots_option,
 )
 from nbdserver.image.progress import progress
 
@@ -56,7 +56,7 @@ OPTIONAL: Final = frozenset(
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -66,7 +66,7 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Check the metadata of an image, and repair it if so wished.
 
@@ -76,7 +76,8 @@ def command(
     if repair is not None and force_share:
         raise click.UsageError("what others may be writing cannot be repaired: --repair or --force-share, not both")
     wanted = Repair(repair) if repair is not None else Repair.NONE
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
+        path, format = access.named(images, path, format)
         name = images.format(path, format)
         if not isinstance(layer_type(name), Checks):
             click.echo(f"nbdserver: {path}: images of the format {name!r} cannot be checked", err=True)

@@ -25,6 +25,7 @@ from nbdserver.image import wording
 from nbdserver.image.allocation import Run, runs
 from nbdserver.image.copying import Copy, Range
 from nbdserver.image.opening import ALONE, Images
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     cache_option,
     file_argument,
@@ -33,7 +34,6 @@ from nbdserver.image.parameters import (
     progress_option,
     quiet_option,
     rate_option,
-    roots_option,
     warn,
 )
 from nbdserver.image.progress import progress
@@ -51,7 +51,7 @@ from nbdserver.limits import DEPTH_MAX
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -62,14 +62,15 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Write what an overlay holds into its backing file, or into --base further down, and empty the overlay.
 
     Nobody else may use either meanwhile. Other overlays of the backing file become worthless, as do internal snapshots
     of this one: what they show through it has changed.
     """
-    with Images(roots) as images:
+    with access.images() as images:
+        path, format = access.named(images, path, format)
         chain = open_chain(images, path, format, base, read_only=drop or base is not None)
         for layer, name in zip(chain.images, chain.names, strict=True):
             warn_of_snapshots(layer, name)

@@ -17,7 +17,7 @@ from nbdserver.image import wording
 from nbdserver.image.ahead import run_ahead
 from nbdserver.image.allocation import SECTOR, Run, chain, joined, runs
 from nbdserver.image.copying import BATCH_COUNT_MAX, PIECE, read_still
-from nbdserver.image.opening import Images
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     FORMAT,
     cache_option,
@@ -25,7 +25,6 @@ from nbdserver.image.parameters import (
     output_option,
     progress_option,
     quiet_option,
-    roots_option,
 )
 from nbdserver.image.progress import progress
 from nbdserver.layer import Layer
@@ -46,7 +45,7 @@ SAME, DIFFERENT, CANNOT_OPEN, CANNOT_MAP, CANNOT_READ = range(5)
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     one: str,
@@ -58,16 +57,17 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Compare the disks in two images; a longer one may be the same, if there is nothing but zeroes behind.
 
     Exit status: 0 if they are the same, 1 if they differ, 2 if an image cannot be opened, 3 if the allocation and 4 if
     the data of one cannot be read.
     """
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
         try:
-            disks = images.open(one, a_format), images.open(other, b_format)
+            named = access.named(images, one, a_format), access.named(images, other, b_format)
+            disks = images.open(*named[0]), images.open(*named[1])
         except (NbdserverError, OSError) as error:
             _fail(CANNOT_OPEN, error)
         with progress("comparing", wanted=wants_progress, quiet=quiet) as tell:

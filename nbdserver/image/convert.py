@@ -26,6 +26,7 @@ from nbdserver.image.copying import (
 )
 from nbdserver.image.info import print_json
 from nbdserver.image.opening import Images, is_device, layer_type
+from nbdserver.image.options import PLAIN, Access, access_options, by_options
 from nbdserver.image.parameters import (
     CACHE,
     FORMAT,
@@ -36,7 +37,6 @@ from nbdserver.image.parameters import (
     progress_option,
     quiet_option,
     rate_option,
-    roots_option,
     warn,
 )
 from nbdserver.image.progress import progress
@@ -97,7 +97,8 @@ SALVAGED = 64 * KIB
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@click.option("--target-image-opts", "target_by_options", is_flag=True, help="TARGET is options (with -n), as FILE is.")
+@access_options
 def command(
     *, paths: tuple[str, ...], options: tuple[str, ...], target_format: str, as_json: bool, **wishes: Any
 ) -> None:
@@ -115,7 +116,7 @@ def command(
     conversion.check()
     conversion.run()
     if as_json:
-        print_json(paths[-1], target_format, conversion.roots)
+        print_json(paths[-1], target_format, conversion.access.roots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,8 @@ class Conversion:
     force_share: bool = False
     wants_progress: bool = False
     quiet: bool = False
-    roots: tuple[str, ...] = ()
+    target_by_options: bool = False
+    access: Access = PLAIN
 
     def check(self) -> None:
         """Raise UsageError if the wishes contradict each other."""
@@ -164,6 +166,8 @@ class Conversion:
             "-C leaves no data to salvage, so not with --salvage": self.offload and self.salvage,
             "snapshots of several images cannot be joined": self.snapshot and several,
             "bitmaps of several images cannot be joined": self.bitmaps and several,
+            "--target-image-opts are of an image that is there, so only with -n": self.target_by_options
+            and not self.no_create,
             "several images that are joined cannot be an overlay": self.backing and several,
         }
         for message, is_wrong in wrong.items():
@@ -172,8 +176,9 @@ class Conversion:
 
     def run(self) -> None:
         """Convert. Raises ConfigError, ImageError, OSError."""
-        with Images(self.roots, force_share=self.force_share) as images:
-            sources = [images.open_snapshot(path, self.source_format, self.snapshot) for path in self.sources]
+        with self.access.images(force_share=self.force_share) as images:
+            named = [self.access.named(images, source, self.source_format) for source in self.sources]
+            sources = [images.open_snapshot(path, format, self.snapshot) for path, format in named]
             source = sources[0] if len(sources) == 1 else images.enter(_Joined(sources), read_only=True)
             if self.bitmaps:
                 self._check_bitmaps(bare(sources[0]))
@@ -212,11 +217,15 @@ class Conversion:
 
     def _existing(self, images: Images, source: Layer) -> Layer:
         self._check_compression(None)
-        target = images.open(self.target, self.target_format, read_only=False, cache=self._cache)
+        path, format = self.target, self.target_format
+        if self.target_by_options:
+            path, named = by_options(images, self.target, None)
+            format = named or format
+        target = images.open(path, format, read_only=False, cache=self._cache)
         if self.compress and isinstance(target, Compresses) and target.why_uncompressed is not None:
-            raise ImageError(target.why_uncompressed, path=self.target)
+            raise ImageError(target.why_uncompressed, path=path)
         if target.size < source.size:
-            raise ImageError("is too small", path=self.target, found=target.size, wanted=f"at least {source.size}")
+            raise ImageError("is too small", path=path, found=target.size, wanted=f"at least {source.size}")
         return target
 
     def _check_compression(self, options: Any) -> None:

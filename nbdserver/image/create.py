@@ -7,8 +7,9 @@ import click
 from nbdserver.errors import ConfigError, ImageError
 from nbdserver.image import creation
 from nbdserver.image.info import print_json
-from nbdserver.image.opening import Images
-from nbdserver.image.parameters import FORMAT, SIZE, output_option, progress_option, quiet_option, roots_option
+from nbdserver.image.opening import LOCKED
+from nbdserver.image.options import Access, access_options
+from nbdserver.image.parameters import FORMAT, SIZE, output_option, progress_option, quiet_option
 from nbdserver.image.progress import progress
 
 
@@ -29,7 +30,7 @@ from nbdserver.image.progress import progress
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str | None,
@@ -42,7 +43,7 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Make an empty image of SIZE, such as 10G; of its backing file's size, if there is one and no SIZE.
 
@@ -58,10 +59,10 @@ def command(
         chosen = creation.parse_options(format, options, {"backing_file": backing, "backing_fmt": backing_format})
     except ConfigError as error:
         raise ConfigError(error.message, file=path, key=error.key) from error
-    with Images(roots) as images:
+    with access.images() as images:
         backing_file = creation.backing_of(path, chosen)
         if backing_file is not None and not is_unsafe:
-            found = images.open(*backing_file).size
+            found = images.open(*backing_file, keys=LOCKED).size
             size = found if size is None else size
         if size is None:
             raise ImageError("needs a size", path=path)
@@ -70,4 +71,4 @@ def command(
         with progress("preallocating", wanted=wants_progress, quiet=quiet) as tell:
             creation.make(images, path, format, size, chosen, progress=tell)
     if as_json:
-        print_json(path, format, roots)
+        print_json(path, format, access.roots)

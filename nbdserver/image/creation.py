@@ -18,7 +18,7 @@ from nbdserver.format import Creates, Progress, grow, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.image.allocation import SECTOR
 from nbdserver.image.opening import EXACT, Images, fitting, layer_type
-from nbdserver.image.parameters import parse_size
+from nbdserver.image.parameters import parse_size, words
 from nbdserver.layer import Layer
 
 #: QEMU's words for yes and no.
@@ -129,6 +129,10 @@ def make(
     """Make an image; what was at ``path`` is gone. Raises ImageError, ConfigError, OSError."""
     make_image = creator(format)
     make_image.measure(size, options, ())  # which refuses what is too large, before anything is lost
+    key: str | None = getattr(options, "encrypt_key_secret", None)
+    if key is not None:
+        images.opener(read_only=False).named_secret(key)  # and so do secrets that are not there
+        images.keys.set(path, key)
     data_file = _data_file(images, size, options, cache, progress)
     file = images.empty_file(path, cache=cache)
     make_image.create(file, size, options, opener=images.opener(read_only=False), progress=progress)
@@ -180,6 +184,8 @@ def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]
     if made.data_file is not None:
         images.hand_over(made.data_file)
         keys = {"data_file": made.data_file, **keys}
+    if made.file.filename is not None:
+        keys = {**images.keys.of(made.file.filename), **keys}
     wanted = fitting(format, {**keys, **EXACT})
     return images.enter(registry.build(format, {"file": made.file, **wanted}), read_only=False)
 
@@ -188,14 +194,9 @@ def open_new(images: Images, made: Made, format: str, keys: Mapping[str, object]
 
 
 def _split(text: str) -> Iterator[tuple[str, str | None]]:
-    for word in _words(text):
+    for word in words(text):
         key, equals, value = word.partition("=")
         yield key, value if equals else None
-
-
-def _words(text: str) -> list[str]:
-    """What commas separate; two of them are one that does not."""
-    return [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",") if word]
 
 
 def _fields(options: type[Any]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

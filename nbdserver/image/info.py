@@ -14,13 +14,13 @@ from nbdserver.format import Describes, HasBacking, HasClusters, HasDirtyFlag, H
 from nbdserver.image import wording
 from nbdserver.image.allocation import SECTOR, bare
 from nbdserver.image.opening import UNREAD, Images, is_device
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     cache_option,
     file_argument,
     force_share_option,
     format_option,
     output_option,
-    roots_option,
 )
 from nbdserver.layer import Layer
 from nbdserver.limits import DEPTH_MAX
@@ -33,15 +33,14 @@ from nbdserver.limits import DEPTH_MAX
 @cache_option("-t", "--cache")
 @force_share_option
 @output_option
-@roots_option
-def command(
-    *, path: str, format: str | None, is_chain: bool, force_share: bool, as_json: bool, roots: tuple[str, ...]
-) -> None:
+@access_options
+def command(*, path: str, format: str | None, is_chain: bool, force_share: bool, as_json: bool, access: Access) -> None:
     """Describe an image: its format, sizes, backing file, snapshots, and what its format says of it.
 
     The backing file is opened only for --backing-chain, an external data file not at all.
     """
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
+        path, format = access.named(images, path, format)
         found = chain_info(images, path, format) if is_chain else [image_info(images, path, format)]
     if as_json:
         click.echo(wording.as_json(found if is_chain else found[0]))
@@ -86,7 +85,7 @@ def image_info(images: Images, path: str, format: str | None) -> dict[str, Any]:
         info["snapshots"] = [wording.snapshot_info(snapshot) for snapshot in snapshots]
     if isinstance(layer, Describes):
         info["format-specific"] = layer.info()
-        if "encrypt" in info["format-specific"]["data"]:
+        if info["format-specific"]["type"] == "luks" or "encrypt" in info["format-specific"]["data"]:
             info["encrypted"] = True
     info["children"] = [{"name": role, "info": _child_info(bare(child))} for role, child in _files(layer)]
     return info

@@ -9,14 +9,13 @@ import click
 
 from nbdserver.errors import ImageError
 from nbdserver.image.allocation import SECTOR, Run, chain, runs
-from nbdserver.image.opening import Images
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     SIZE,
     file_argument,
     force_share_option,
     format_option,
     output_option,
-    roots_option,
 )
 from nbdserver.layer import Layer
 
@@ -28,7 +27,7 @@ from nbdserver.layer import Layer
 @click.option("-l", "--max-length", type=SIZE, metavar="LENGTH", help="How much to look at.")
 @force_share_option
 @output_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -37,14 +36,15 @@ def command(
     max_length: int | None,
     force_share: bool,
     as_json: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Show which file of the chain holds which range of the disk, and where in it.
 
     Without --json only what is data is shown, and every bit of it must be in some place of a file as it is: compressed
     and encrypted data is not, and is an error, as is qemu-img's way.
     """
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
+        path, format = access.named(images, path, format)
         layer = images.open(path, format)
         end = layer.size if max_length is None else min(start_offset + max_length, layer.size)
         found = entries(layer, start_offset, end)

@@ -9,8 +9,8 @@ import click
 from nbdserver.format import HasBitmaps
 from nbdserver.image import creation, wording
 from nbdserver.image.allocation import chain, joined, runs
-from nbdserver.image.opening import Images
-from nbdserver.image.parameters import FORMAT, SIZE, force_share_option, output_option, roots_option
+from nbdserver.image.options import Access, access_options
+from nbdserver.image.parameters import FORMAT, SIZE, force_share_option, output_option
 from nbdserver.layer import Layer
 
 
@@ -25,7 +25,7 @@ from nbdserver.layer import Layer
 @click.option("-l", "--snapshot", metavar="SNAPSHOT", help="Measure this internal snapshot of FILE.")
 @force_share_option
 @output_option
-@roots_option
+@access_options
 def command(
     *,
     path: str | None,
@@ -36,7 +36,7 @@ def command(
     snapshot: str | None,
     force_share: bool,
     as_json: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Say how large the file would be of an image of format --target-format with the disk in FILE in it: now, and with
     all of the disk written."""
@@ -52,7 +52,8 @@ def command(
         assert size is not None
         found = creation.creator(target_format).measure(size, chosen, ())
     else:
-        with Images(roots, force_share=force_share) as images:
+        with access.images(force_share=force_share) as images:
+            path, format = access.named(images, path, format)
             layer = images.open_snapshot(path, format, snapshot)
             bitmaps = layer.bitmaps() if isinstance(layer, HasBitmaps) else None
             found = creation.creator(target_format).measure(layer.size, chosen, _data(layer), bitmaps)

@@ -26,11 +26,14 @@ NO_SECRETS: Final[Mapping[str, Source]] = MappingProxyType({})
 #: Who opens images here, in errors.
 USER: Final = "this command"
 
-#: For `Images.open`: leave the backing file alone.
+#: For `Images.open`: leave an encrypted image locked.
+LOCKED: Final[Mapping[str, object]] = {"key_file": False}
+
+#: Leave the backing file alone.
 ALONE: Final[Mapping[str, object]] = {"backing": False}
 
 #: And an external data file, too, and an encrypted image locked: for what only describes it, which may be anybody's.
-UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False, "key_file": False}
+UNREAD: Final[Mapping[str, object]] = {**ALONE, "data_file": False, **LOCKED}
 
 #: For images that are written here: allocate what is written and nothing beside it.
 EXACT: Final[Mapping[str, object]] = {"allocation_ahead": 0}

@@ -28,6 +28,7 @@ from nbdserver.image.allocation import chain, runs
 from nbdserver.image.commit import warn_of_snapshots
 from nbdserver.image.copying import PIECE, read_still
 from nbdserver.image.opening import ALONE, Images, layer_type
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     FORMAT,
     cache_option,
@@ -37,7 +38,6 @@ from nbdserver.image.parameters import (
     output_option,
     progress_option,
     quiet_option,
-    roots_option,
 )
 from nbdserver.image.progress import progress
 from nbdserver.layer import Layer, finish
@@ -63,7 +63,7 @@ UNIT_DEFAULT: Final = 64 * KIB
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -76,7 +76,7 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Give an image another backing file, or none.
 
@@ -88,7 +88,8 @@ def command(
         raise click.UsageError("name the new backing file (-b), or say -u")
     if backing and backing_format is None:
         raise ConfigError("the format of the backing file must be said (-F)", file=path)
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
+        path, format = access.named(images, path, format)
         if is_unsafe:
             image = images.open(path, format, read_only=False, keys=ALONE)
             _rename(image, path, backing, backing_format)

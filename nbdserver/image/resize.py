@@ -10,7 +10,7 @@ from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.format import GrowsPreallocated, HasClusters, Progress, no_progress, preallocate
 from nbdserver.graph import reach
 from nbdserver.image import wording
-from nbdserver.image.opening import Images
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     file_argument,
     format_option,
@@ -18,7 +18,6 @@ from nbdserver.image.parameters import (
     parse_size,
     progress_option,
     quiet_option,
-    roots_option,
     warn,
 )
 from nbdserver.image.progress import progress
@@ -48,7 +47,7 @@ class _Command(click.Command):
 @output_option
 @progress_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -59,14 +58,15 @@ def command(
     as_json: bool,
     wants_progress: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """Make a disk as large as SIZE, or larger (+SIZE) or smaller (-SIZE) by that much. What is new reads as zeroes."""
     try:
         number = parse_size(size[1:] if size.startswith(("+", "-")) else size)
     except ValueError as error:
         raise click.BadParameter(f"{size!r} is not {error}", param_hint="SIZE") from error
-    with Images(roots) as images:
+    with access.images() as images:
+        path, format = access.named(images, path, format)
         layer = images.open(path, format, read_only=False)
         if format is None and not isinstance(layer, HasClusters):
             warn(f"{path} was probed as {layer.type}; better say so: -f {layer.type}")

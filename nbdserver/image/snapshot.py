@@ -7,14 +7,14 @@ import click
 from nbdserver.errors import ImageError, RequestError
 from nbdserver.format import HasSnapshots
 from nbdserver.image import wording
-from nbdserver.image.opening import Images, layer_type
+from nbdserver.image.opening import layer_type
+from nbdserver.image.options import Access, access_options
 from nbdserver.image.parameters import (
     file_argument,
     force_share_option,
     format_option,
     output_option,
     quiet_option,
-    roots_option,
 )
 from nbdserver.layer import finish
 
@@ -29,7 +29,7 @@ from nbdserver.layer import finish
 @force_share_option
 @output_option
 @quiet_option
-@roots_option
+@access_options
 def command(
     *,
     path: str,
@@ -41,14 +41,15 @@ def command(
     force_share: bool,
     as_json: bool,
     quiet: bool,
-    roots: tuple[str, ...],
+    access: Access,
 ) -> None:
     """List, make, apply or delete the internal snapshots of an image. Nobody else may write the image meanwhile."""
     asked = {"create": create, "apply": apply, "delete": delete}
     actions = {action: name for action, name in asked.items() if name is not None}
     if len(actions) + is_list > 1:
         raise click.UsageError("one at a time: --list, --create, --apply or --delete")
-    with Images(roots, force_share=force_share) as images:
+    with access.images(force_share=force_share) as images:
+        path, format = access.named(images, path, format)
         kind = images.format(path, format)
         if not isinstance(layer_type(kind), HasSnapshots):
             raise ImageError(f"cannot have internal snapshots: it is a {kind!r} image", path=path)
