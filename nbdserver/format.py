@@ -218,6 +218,15 @@ class HasDirtyFlag(Protocol):
 
 
 @runtime_checkable
+class HasEncryption(Protocol):
+    """A format whose images may be encrypted."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """QAPI: ``ImageInfo.encrypted``."""
+
+
+@runtime_checkable
 class GrowsPreallocated(Protocol):
     """A format that can have room for what a disk grows by from the beginning."""
 

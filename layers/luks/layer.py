@@ -49,6 +49,10 @@ class Luks(Sectors):
     def read_only(self) -> bool:
         return self.key_file is False or super().read_only
 
+    @property
+    def is_encrypted(self) -> bool:
+        return True
+
     def info(self) -> dict[str, Any]:
         """`nbdserver.format.Describes`."""
         return {"type": "luks", "data": describe(self._found, is_detached=self.header is not None)}

@@ -66,29 +66,34 @@ class Sectors(Layer):
         yield length, 1 if context == ALLOCATION_DEPTH else 0
 
     def resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
+        return self._extents(offset, self.size, intent)
+
+    def _extents(self, offset: int, stop: int, intent: Intent) -> Iterator[Extent]:
+        """Where the bytes [offset, stop) are."""
         if self._transform is None or intent is Intent.ZERO:
-            yield Extent(self.size - offset, CODE)
+            yield Extent(stop - offset, CODE)
             return
         # What begins or ends within a sector the engine leaves to `read` and `write`.
-        for start, end, is_withheld in self._spans(offset):
+        for start, end, is_withheld in self._spans(offset, stop):
             if is_withheld and intent is Intent.WRITE:
                 yield Extent(end - start, CODE)
             else:
                 place = self._payload_offset + start
                 yield Extent(end - start, self.file, place, writable=not is_withheld, through=self._transform)
 
-    def _spans(self, start: int) -> Iterator[tuple[int, int, bool]]:
-        """(start, end, whether it is withheld) from ``start`` to the end of the disk."""
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, whether it is withheld), which cover [start, stop)."""
         with self._lock:
             withheld = sorted(self._withheld_ranges)
         for begin, end in withheld:
-            if start < begin:
+            if start < begin < stop:
                 yield start, begin, False
-            if start < end:
-                yield max(start, begin), end, True
+                start = begin
+            if start < min(end, stop) and begin <= start:
+                yield start, min(end, stop), True
                 start = end
-        if start < self.size:
-            yield start, self.size, False
+        if start < stop:
+            yield start, stop, False
 
     def translate(self, child: Layer, offset: int, length: int) -> Iterable[tuple[int, int]]:
         if child is not self.file:

@@ -13,6 +13,7 @@ Specification: "Full disk encryption header pointer", "Data encryption".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from layers.luks.header import Header as LuksHeader
@@ -25,6 +26,7 @@ from layers.ondisk.qcow2 import CRYPT_AES, CRYPT_LUKS
 from layers.qcow2.header import Header
 from layers.qcow2.storage import Storage
 from nbdserver.errors import ConfigError, ImageError
+from nbdserver.extent import Extent, Intent
 from nbdserver.layer import Layer, Opener
 from nbdserver.request import Request, Vector
 
@@ -64,6 +66,10 @@ class Luks(Sectors):
     @property
     def size(self) -> int:
         return self._storage.size // SECTOR * SECTOR
+
+    def resolve(self, offset: int, length: int, intent: Intent) -> Iterator[Extent]:
+        # No more than was asked for: the file may grow and shrink meanwhile.
+        return self._extents(offset, offset + length, intent)
 
     def allocate(self, length: int) -> Vector:
         return self._owner.allocate(length)

@@ -447,6 +447,10 @@ class Qcow2(Layer):
             return self._marks.has(INCOMPATIBLE_DIRTY)
         return bool(self.header.incompatible & INCOMPATIBLE_DIRTY)
 
+    @property
+    def is_encrypted(self) -> bool:
+        return self._encryption is not None
+
     def info(self) -> dict[str, Any]:
         """`nbdserver.format.Describes`."""
         is_corrupt = self._marks is not None and self._marks.has(INCOMPATIBLE_CORRUPT)

@@ -10,7 +10,7 @@ import click
 
 from nbdserver.errors import ImageError
 from nbdserver.files import own_roots, resolve_name, within
-from nbdserver.format import Describes, HasBacking, HasClusters, HasDirtyFlag, HasSnapshots
+from nbdserver.format import Describes, HasBacking, HasClusters, HasDirtyFlag, HasEncryption, HasSnapshots
 from nbdserver.image import wording
 from nbdserver.image.allocation import SECTOR, bare
 from nbdserver.image.opening import UNREAD, Images, is_device
@@ -85,8 +85,8 @@ def image_info(images: Images, path: str, format: str | None) -> dict[str, Any]:
         info["snapshots"] = [wording.snapshot_info(snapshot) for snapshot in snapshots]
     if isinstance(layer, Describes):
         info["format-specific"] = layer.info()
-        if info["format-specific"]["type"] == "luks" or "encrypt" in info["format-specific"]["data"]:
-            info["encrypted"] = True
+    if isinstance(layer, HasEncryption) and layer.is_encrypted:
+        info["encrypted"] = True
     info["children"] = [{"name": role, "info": _child_info(bare(child))} for role, child in _files(layer)]
     return info
 

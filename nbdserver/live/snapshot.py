@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from nbdserver import registry
 from nbdserver.errors import ConfigError, NbdserverError
 from nbdserver.files import own_roots, within
+from nbdserver.format import HasEncryption
 from nbdserver.graph import walk
 from nbdserver.image import creation
 from nbdserver.layer import Layer, finish
@@ -34,6 +35,11 @@ def insert_overlay(server: Server, export: Export, path: str, roots: Sequence[st
     with server.changing():
         check_idle(server, export)
         old = active(export.root)
+        if isinstance(old, HasEncryption) and old.is_encrypted:
+            raise ConfigError(
+                f"{old.filename} is encrypted, and an overlay that is made here is not: what is written would be there "
+                "for all to read (internal snapshots are encrypted)"
+            )
         name = name_of(old)
         _check_place(path, old, roots)
         creation.make_overlay(path, old.size, name.path, name.format)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import zstandard
 
 from tests.layers import bitmap_kit
+
+#: Bytes of the file at a place, decrypted.
+Decrypt = Callable[[int, bytes], bytes]
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -41,7 +44,7 @@ class Image:
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = data
         (
-            magic, self.version, _, _, self.bits, self.size, _, self.l1_size, self.l1_offset,
+            magic, self.version, _, _, self.bits, self.size, self.crypt_method, self.l1_size, self.l1_offset,
             self.table_offset, self.table_clusters, self.snapshots, self.snapshots_offset,
         ) = struct.unpack_from(">IIQIIQIIQQIIQ", data)  # fmt: skip
         assert magic == 0x514649FB
@@ -54,6 +57,13 @@ class Image:
         self.parts = 32 if self.extended else 1
         self.refcount_bits = 1 << (struct.unpack_from(">I", data, 96)[0] if self.version == 3 else 4)
         self.clusters = -(-len(data) // self.cluster)
+
+    @property
+    def encryption(self) -> tuple[int, int]:
+        """(offset, length) of the encryption header."""
+        at = self.data.index(b"\x05\x37\xbe\x77\0\0\0\x10", 0, self.cluster) + 8
+        offset, length = self.numbers(at, 2)
+        return offset, length
 
     def numbers(self, offset: int, count: int) -> tuple[int, ...]:
         part = bytes(self.data[offset : offset + count * 8])
@@ -144,6 +154,8 @@ def check(data: bytes | bytearray) -> Report:
     if image.snapshots:
         end = max(at for at, _ in image.snapshot_table())
         refer("snapshot table", image.snapshots_offset, end - image.snapshots_offset)
+    if image.crypt_method:
+        refer("encryption header", *image.encryption)
     for what, offset, length in bitmap_kit.references(data):
         refer(what, offset, length)
     for offset, size, active in image.l1_tables():
@@ -200,15 +212,28 @@ def snapshots(data: bytes | bytearray, backing: bytes = b"") -> dict[str, bytes]
     }
 
 
-def read(data: bytes | bytearray, backing: bytes = b"", data_file: bytes | bytearray | None = None) -> bytes:
+def read(
+    data: bytes | bytearray,
+    backing: bytes = b"",
+    data_file: bytes | bytearray | None = None,
+    decrypt: Decrypt = lambda place, data: data,
+) -> bytes:
     """The whole disk."""
     image = Image(data)
     assert image.has_data_file == (data_file is not None)
     guest = data if data_file is None else data_file
-    return _read(image, image.l1_offset, image.l1_size, image.size, backing, guest)
+    return _read(image, image.l1_offset, image.l1_size, image.size, backing, guest, decrypt)
 
 
-def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes, guest: bytes | bytearray) -> bytes:
+def _read(
+    image: Image,
+    l1_offset: int,
+    l1_size: int,
+    size: int,
+    backing: bytes,
+    guest: bytes | bytearray,
+    decrypt: Decrypt = lambda place, data: data,
+) -> bytes:
     below = backing[:size].ljust(size, b"\0")
     disk = bytearray()
     unit = image.cluster // image.parts
@@ -225,7 +250,7 @@ def _read(image: Image, l1_offset: int, l1_size: int, size: int, backing: bytes,
                 if bitmap >> 32 + part & 1:
                     disk += bytes(unit)
                 elif bitmap >> part & 1:
-                    disk += bytes(guest[place : place + unit]).ljust(unit, b"\0")
+                    disk += decrypt(place, bytes(guest[place : place + unit]).ljust(unit, b"\0"))
                 else:
                     disk += below[len(disk) : len(disk) + unit].ljust(unit, b"\0")
     return bytes(disk[:size]).ljust(size, b"\0")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdserver.errors import ConfigError, ImageError
+from tests.layers.luks_kit import make_qcow2, secret
 from tests.live.kit import MIB, SIZE, Live
 from tests.serving import check, content, create, run, run_json
 
@@ -221,3 +222,12 @@ def test_a_disk_of_a_name_pattern_cannot_have_an_overlay(live: Live) -> None:
     client.write(0, b"own")
     info = run_json("qemu-img", "info", "-U", "--output=json", live.directory / "boxes" / "box-1.qcow2")
     assert "backing-filename" not in info
+
+
+def test_an_encrypted_image_gets_no_overlay_in_plaintext(live: Live) -> None:
+    path = make_qcow2(live.directory / "disk.qcow2", MIB)
+    live.serve(path, more=f'key_file = "{secret(live.directory)}"')
+    with pytest.raises(ConfigError, match="is encrypted, and an overlay that is made here is not"):
+        live.execute("blockdev-snapshot-sync", **{"snapshot-file": "snap.qcow2"})
+    assert not (live.directory / "snap.qcow2").exists()
+    live.execute("blockdev-snapshot-internal-sync", name="now")
