@@ -101,6 +101,12 @@ def read_embedded(part: Layer, offset: int) -> Header:
     return _Parser(part, None, is_detached=False, base=offset).parse()
 
 
+def used_length(part: Layer, offset: int) -> int:
+    """How many bytes the header in ``part`` and the key slots that it has in use take up, whatever else is wrong with
+    it; for those who must keep them. ``offset``, errors: as `read_embedded`."""
+    return _Parser(part, None, is_detached=False, base=offset).used_length()
+
+
 class _Parser:
     def __init__(self, file: Layer, payload_size: int | None, *, is_detached: bool, base: int = 0) -> None:
         self._path, self._base = file.filename, base
@@ -117,9 +123,7 @@ class _Parser:
         if fields.key_bytes not in KEY_LENGTHS[scheme.mode]:
             wanted = _or(map(str, KEY_LENGTHS[scheme.mode]))
             self._refuse(f"key length of {scheme.mode}", KEY_BYTES_AT, fields.key_bytes, wanted)
-        slots = [
-            KeySlotFields._make(KEY_SLOT.unpack_from(self._head, _slot_at(number))) for number in range(KEY_SLOTS_COUNT)
-        ]
+        slots = self._slots()
         self._check_places(fields, slots)
         self._check_rounds(fields, slots, hash)
         return Header(
@@ -137,6 +141,18 @@ class _Parser:
             ),
             material_offsets=tuple(slot.material_offset_sectors * SECTOR for slot in slots),
         )
+
+    def used_length(self) -> int:
+        self._check_kind()
+        fields = HeaderFields._make(HEADER.unpack_from(self._head))
+        slots = _active(self._slots())
+        ends = (slot.material_offset_sectors * SECTOR + material_length(fields.key_bytes) for _, slot in slots)
+        return max((HEADER_LENGTH, *ends))
+
+    def _slots(self) -> list[KeySlotFields]:
+        return [
+            KeySlotFields._make(KEY_SLOT.unpack_from(self._head, _slot_at(number))) for number in range(KEY_SLOTS_COUNT)
+        ]
 
     def _check_kind(self) -> None:
         if self._head[: len(MAGIC)] != MAGIC:

@@ -52,7 +52,8 @@ class Part(Layer):
 
     def read(self, request: Request) -> None:
         assert request.end <= self._length, request
-        self._file.read(request.moved(self._offset + request.offset))
+        if request.length:  # it may be nothing, anywhere
+            self._file.read(request.moved(self._offset + request.offset))
 
 
 class Luks(Sectors):

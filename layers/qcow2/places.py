@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from layers.ondisk.qcow2 import ENCRYPTION_FIELDS, EXTENSION_ENCRYPTION, SNAPSHOT, SnapshotFields
+from layers.luks.header import used_length
+from layers.ondisk.qcow2 import CRYPT_LUKS, ENCRYPTION_FIELDS, EXTENSION_ENCRYPTION, SNAPSHOT, SnapshotFields
 from layers.qcow2.bitmap_directory import data_runs, read_directory, read_table
+from layers.qcow2.encryption import Part
 from layers.qcow2.findings import Findings, Unchecked
 from layers.qcow2.limits import L1_TABLE_MAX, SNAPSHOT_EXTRA_DATA_MAX, SNAPSHOT_TABLE_MAX
 from layers.qcow2.storage import Storage
@@ -60,15 +62,24 @@ def snapshots(subject: Subject, findings: Findings) -> tuple[Place, list[Place]]
 
 
 def encryption(subject: Subject) -> Iterator[Place]:
-    """The encryption header. Raises ImageError if it is said to be where it cannot be."""
+    """The encryption header. Raises ImageError if it is said to be where it cannot be, or to be shorter than it is:
+    what is lost of it takes all data with it, so that nothing of it may pass for free."""
+    is_luks = subject.header.crypt_method == CRYPT_LUKS
     data = subject.header.extensions.get(EXTENSION_ENCRYPTION)
     if data is None:
+        if is_luks:
+            raise _error(subject, "is encrypted with LUKS and names no encryption header", None, None, None)
         return
     if len(data) != ENCRYPTION_FIELDS.size:
         raise _error(subject, "encryption header extension: length", None, len(data), ENCRYPTION_FIELDS.size)
     offset, length = ENCRYPTION_FIELDS.unpack(data)
     if offset % subject.cluster_size:
         raise _error(subject, "encryption header", None, f"place {offset:#x}", "one aligned to clusters")
+    if is_luks:
+        end = max(subject.size - offset, 0)
+        least = used_length(Part(subject.file, offset, min(length, end)), offset)
+        if not least <= length <= end:
+            raise _error(subject, "encryption header: length", None, length, f"{least} to {end}")
     yield Place("encryption header", offset, length)
 
 

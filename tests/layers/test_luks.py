@@ -11,6 +11,9 @@ from pathlib import Path
 
 import nbd
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CBC, XTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,17 +177,24 @@ def test_ieee_1619_vectors() -> None:
         assert cipher.decrypt(7, encrypted) == plain * 3
 
 
-def test_xts_made_of_ecb_is_the_library_s() -> None:
-    """What makes XTS of AES-192 makes the others of the other keys."""
-    from layers.luks.ciphers import _vectors, _Xts192
-
-    data = random.Random(1).randbytes(4096)
-    for length in (32, 64):
-        key = bytes(range(length))
-        scheme = Scheme("xts", "essiv", "sha256")
-        by_hand = _Xts192(key, _vectors(scheme, key))
-        assert by_hand.encrypt(123, data) == sector_cipher(scheme, key).encrypt(123, data)
-        assert by_hand.decrypt(123, data) == sector_cipher(scheme, key).decrypt(123, data)
+@pytest.mark.parametrize(("mode", "lengths"), [("xts", (32, 64)), ("cbc", (16, 24, 32))])
+@pytest.mark.parametrize("count", [1, 2, 7, 128])
+def test_many_sectors_at_once_are_what_the_library_makes_of_each(
+    mode: str, lengths: tuple[int, ...], count: int
+) -> None:
+    """Its XTS has no AES-192, which is why this one is made of ECB."""
+    pick, first = random.Random(count), (1 << 40) - 3
+    data = pick.randbytes(count * 512)
+    for length in lengths:
+        key = pick.randbytes(length)
+        expected = b""
+        for number in range(count):
+            vector = (first + number).to_bytes(16, "little")
+            context = Cipher(AES(key), XTS(vector) if mode == "xts" else CBC(vector)).encryptor()
+            expected += context.update(data[number * 512 : (number + 1) * 512])
+        cipher = sector_cipher(Scheme(mode, "plain64"), key)
+        assert cipher.encrypt(first, data) == expected
+        assert cipher.decrypt(first, expected) == data
 
 
 def test_plain_vectors_wrap_around_and_plain64_do_not() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from layers.file import File
+from layers.ondisk.luks import HEADER_LENGTH, KEY_SLOT, KEY_SLOTS_AT, MK_DIGEST_ITERATIONS_AT
 from layers.ondisk.qcow2 import EXTENSION, EXTENSION_ENCRYPTION
 from layers.qcow2 import Qcow2
 from nbdserver.errors import ConfigError, ImageError, RequestError
@@ -406,6 +407,28 @@ def test_the_header_counts_as_metadata(image: Path) -> None:
     check_qcow2(image)
 
 
+SHORT: dict[str, Callable[[Path], object]] = {
+    "empty": lambda p: _poke_place(p, None, 0),
+    "without its keys": lambda p: _poke_place(p, None, 4096),
+    "longer than the file": lambda p: _poke_place(p, None, 1 << 63),
+    "behind the end": lambda p: _poke_place(p, 1 << 40),
+    "not there": lambda p: _poke(p, _extension_at(p) - 8, b"\0\0\0\1"),
+    "no LUKS": lambda p: _poke_header(p, 0, b"LUCK"),
+}
+
+
+@pytest.mark.parametrize("spoil", SHORT.values(), ids=SHORT)
+def test_no_repair_frees_a_header_that_cannot_be_placed(spoil: Callable[[Path], object], image: Path) -> None:
+    """Its clusters would count as leaked; written over, the key is gone, and all data with it."""
+    spoil(image)
+    before = image.read_bytes()
+    for repair in Repair:
+        words = r"LUKS|encryption header|header is cut"
+        with open_stack(file := File(str(image))), pytest.raises(ImageError, match=words):
+            Qcow2.check(file, repair=repair, opener=file._opener)  # type: ignore[arg-type]
+    assert image.read_bytes() == before
+
+
 def test_refcounts_are_counted_anew_with_it(image: Path) -> None:
     """The header's clusters, lost to the refcounts, are not taken for anything else after a repair."""
     data = bytearray(image.read_bytes())
@@ -508,6 +531,29 @@ def test_refused(spoil: Callable[[Path], object], words: str, key_file: bool, im
         pass
     assert str(image) in str(caught.value)
     assert image.read_bytes() == before
+
+
+def test_broken_headers_have_an_answer(image: Path) -> None:
+    """Bytes of the LUKS header, and of what says where it is, that are anything: an error, or right data. (Not how many
+    iterations: as many as are believed may take minutes.)"""
+    pick, sound, luks = random.Random(SEED), image.read_bytes(), _place(image)[0]
+    slots = range(KEY_SLOTS_AT, HEADER_LENGTH, KEY_SLOT.size)
+    iterations = {at + number for at in (MK_DIGEST_ITERATIONS_AT, *(slot + 4 for slot in slots)) for number in range(4)}
+    places = [luks + at for at in range(HEADER_LENGTH) if at not in iterations]
+    places += [32 + at for at in range(4)] + [_extension_at(image) + at for at in range(-8, 16)] * 5
+    opened_count = 0
+    for _ in range(amount(30, 5_000)):
+        data = bytearray(sound)
+        for at in pick.sample(places, pick.choice((1, 1, 2, 5))):
+            data[at] = pick.choice((0, 1, 255, data[at] ^ 1 << pick.randrange(8), pick.randrange(256)))
+        image.write_bytes(data)
+        try:
+            with open_stack(opened(image), read_only=True) as disk:
+                assert disk.read(0, 4096) == b"\x11" * 4096
+                opened_count += 1
+        except (ImageError, ConfigError) as error:
+            assert "image" in str(error)
+    assert opened_count
 
 
 def test_places_in_the_header_are_told_as_places_of_the_file(image: Path) -> None:
