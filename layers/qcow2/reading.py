@@ -13,7 +13,7 @@ from layers.qcow2.limits import DECOMPRESSED_KEPT_MAX
 from layers.qcow2.mapping import Mapping
 from layers.qcow2.storage import Storage
 from nbdserver.extent import ZERO, Extent, Packed
-from nbdserver.layer import Layer, finish
+from nbdserver.layer import BASE_ALLOCATION, STATE_ZERO, Layer, finish
 from nbdserver.request import Request
 
 
@@ -89,6 +89,21 @@ class Reader:
         if run.kind is Kind.UNALLOCATED:
             return start >= self.below_size
         return run.kind is Kind.ZERO
+
+    def shows_zeroes(self, run: Run, start: int, end: int) -> bool:
+        """Whether the bytes [start, end) of ``run`` are known to read as zeroes; the backing file is asked, too."""
+        if self.is_zero(run, start):
+            return True
+        if run.kind is not Kind.UNALLOCATED or self.backing is None:
+            return False
+        edge = min(end, self.below_size)
+        for length, flags in self.backing.status(BASE_ALLOCATION, start, edge - start):
+            if not flags & STATE_ZERO:
+                return False
+            start += length
+            if start >= edge:
+                return True
+        return False
 
     def read(self, request: Request) -> None:
         """Read any range. Raises ImageError, OSError, RequestError."""

@@ -357,12 +357,11 @@ class Writer:
         if start == end:
             return NO_VECTOR
         parts = [(run, max(run.start, start), min(run.end, end)) for run in runs if run.start < end and start < run.end]
-        if all(self._reader.is_zero(run, first) for run, first, _ in parts):
-            if is_zeroed:
-                return NO_VECTOR
-            if end - start > ZEROES_INLINE_MAX:
-                self._data.zero(place, end - start)
-                return NO_VECTOR
+        if is_zeroed and all(self._reader.shows_zeroes(run, first, stop) for run, first, stop in parts):
+            return NO_VECTOR
+        if end - start > ZEROES_INLINE_MAX and all(self._reader.is_zero(run, first) for run, first, _ in parts):
+            self._data.zero(place, end - start)
+            return NO_VECTOR
         vector = self._allocate(end - start)
         for run, first, stop in parts:
             on_disk = max(min(stop, self._reader.size), first)

@@ -118,3 +118,34 @@ def test_a_file_grows_in_large_steps_and_is_as_long_as_it_must_be_in_the_end(tmp
         assert len(sizes) < 5
     assert path.stat().st_size < 41 * MIB
     run("qemu-img", "check", path)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_zeroes_of_a_backing_file_are_not_copied(tmp_path: Path, raw: bool) -> None:
+    base = tmp_path / "base"
+    if raw:
+        with base.open("wb") as file:
+            file.truncate(2 * MIB)
+            file.seek(MIB)
+            file.write(b"d" * CLUSTER)
+    else:
+        create(base, 2 * MIB)
+        run("qemu-io", "-f", "qcow2", "-c", f"write -q -P 100 1M {CLUSTER}", base)
+    image = create(tmp_path / "disk.qcow2", 2 * MIB, backing=base, backing_format="raw" if raw else "qcow2")
+    with open_stack(Qcow2(File(str(image)))) as disk:
+        disk.write(512 * KIB, bytes(CLUSTER))  # which makes an L2 table
+        before = image.stat().st_blocks
+        disk.write(512 * KIB + CLUSTER + 8192, b"x" * 4096)
+        assert (image.stat().st_blocks - before) * 512 <= 8192
+        disk.write(MIB + 8192, b"y" * 4096)
+        disk.write(MIB - 4096 + CLUSTER, b"z" * 8192)  # and where it is both
+        wanted = bytearray(2 * MIB)
+        wanted[MIB : MIB + CLUSTER] = b"d" * CLUSTER
+        for offset, data in (
+            (512 * KIB + CLUSTER + 8192, b"x" * 4096),
+            (MIB + 8192, b"y" * 4096),
+            (MIB - 4096 + CLUSTER, b"z" * 8192),
+        ):
+            wanted[offset : offset + len(data)] = data
+        assert disk.read(0, 2 * MIB) == wanted
+    run("qemu-img", "check", image)
