@@ -27,7 +27,7 @@ from nbdserver.format import Empties, HasBacking
 from nbdserver.jobs import Job
 from nbdserver.layer import Layer, finish
 from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, rebase, spelled
-from nbdserver.live.copying import copy, dirty_spans, spans
+from nbdserver.live.copying import copy, dirty_spans, spans, wind_up
 from nbdserver.live.filters import CommitTop
 from nbdserver.permissions import ALL, NONE, ONLOOKER, READ, Grant, Permission
 from nbdserver.server import Export, Server
@@ -40,9 +40,6 @@ PASSES_BY: Final = Grant(NONE, ALL & ~READ)
 
 #: Seconds between two looks at what a guest has written since, once there is little.
 POLL_S: Final = 0.2
-
-#: Passes before a job is ready that each leave less than the last one did.
-PASSES_COUNT_MAX: Final = 16
 
 
 def start(server: Server, export: Export, top: int, base: int, *, id: str | None = None, speed: int = 0) -> Job:
@@ -57,7 +54,7 @@ def start(server: Server, export: Export, top: int, base: int, *, id: str | None
         with contextlib.ExitStack() as undo:
             undo.enter_context(commit.prepared())
             job = server.jobs.start("commit", commit.run, id=id, layers=[*chain, *commit.filters], speed=speed)
-            commit.ending = undo.pop_all()
+            commit.ending.push(undo.pop_all())
             return job
 
 
@@ -100,8 +97,7 @@ class _Commit:
         try:
             self.work(job)
         finally:
-            with self.server.drained(self.base):
-                self.ending.close()
+            wind_up(self.server, self.base, self.ending)
 
     def work(self, job: Job) -> None:
         raise NotImplementedError
@@ -175,8 +171,10 @@ class _CommitActive(_Commit):
         self._catch_up(job)
         job.set_ready()
         while not job.is_completing:
-            self._pass(job)
+            self._catch_up(job)
             job.sleep(POLL_S)
+        finish(self.base.flush())  # most of it: guests will wait for the rest
+        finish(self.active.flush())
         self._catch_up(job)
         with self.server.drained(self.filter):
             self._pass(job, checkpoint=False)
@@ -189,12 +187,13 @@ class _CommitActive(_Commit):
             )
 
     def _catch_up(self, job: Job) -> None:
-        """Copy what has been written, as long as each pass leaves less than the last."""
+        """Copy what has been written, as long as each pass leaves less than half of what the last did: the guest may
+        write faster than that."""
         left = self.filter.dirty_bytes
-        for _ in range(PASSES_COUNT_MAX):
+        while left:
             self._pass(job)
             before, left = left, self.filter.dirty_bytes
-            if left >= before:
+            if 2 * left > before:
                 return
 
     def _pass(self, job: Job, *, checkpoint: bool = True) -> None:

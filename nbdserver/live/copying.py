@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdserver.extent import DirtyBitmap
 from nbdserver.graph import execute
@@ -13,6 +15,11 @@ from nbdserver.layer import Layer
 from nbdserver.limits import MIB
 from nbdserver.request import Flag, Request
 
+if TYPE_CHECKING:
+    from nbdserver.server import Server
+
+_log = logging.getLogger("nbdserver")
+
 #: What is read and written at once: requests of guests wait no longer than that takes.
 PIECE: Final = MIB
 
@@ -21,6 +28,20 @@ SPAN: Final = 256 * MIB
 
 #: Runs of a dirty bitmap that are asked for at once.
 RUNS_COUNT_MAX: Final = 1024
+
+
+def wind_up(server: Server, layer: Layer, ending: contextlib.ExitStack) -> None:
+    """Undo what a job took to begin, in a drained section of ``layer``; as often as it takes until requests have ended.
+    Raises what undoing raises."""
+    while True:
+        with contextlib.ExitStack() as section:
+            try:
+                section.enter_context(server.drained(layer))
+            except TimeoutError as error:
+                _log.warning("a job cannot end yet: %s", error)
+                continue
+            ending.close()
+            return
 
 
 def spans(size: int) -> Iterator[tuple[int, int]]:

@@ -46,6 +46,7 @@ def insert_overlay(server: Server, export: Export, path: str, roots: Sequence[st
         with contextlib.ExitStack() as undo:
             undo.callback(os.unlink, path)
             overlay = registry.image(path, creation.OVERLAY, mode_of(old), {"backing": old})
+            finish(old.flush())  # most of it: guests will wait for the rest
             with server.opened_layers(overlay, roots=roots), server.drained(old):
                 finish(old.flush())
                 server.replace(old, overlay)

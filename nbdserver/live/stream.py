@@ -19,7 +19,7 @@ from nbdserver.format import HasBacking
 from nbdserver.jobs import Job
 from nbdserver.layer import Layer, finish
 from nbdserver.live.chain import check_idle, check_no_snapshots, held, images, name_of, rebase, spelled
-from nbdserver.live.copying import PIECE, spans
+from nbdserver.live.copying import PIECE, spans, wind_up
 from nbdserver.live.filters import StreamTop
 from nbdserver.permissions import ONLOOKER
 from nbdserver.server import Export, Server
@@ -36,7 +36,7 @@ def start(server: Server, export: Export, base: int | None, *, id: str | None = 
         with contextlib.ExitStack() as undo:
             undo.enter_context(stream.prepared())
             job = server.jobs.start("stream", stream.run, id=id, layers=[*chain, stream.filter], speed=speed)
-            stream.ending = undo.pop_all()
+            stream.ending.push(undo.pop_all())
             return job
 
 
@@ -72,8 +72,7 @@ class _Stream:
             with self.server.drained(self.active):
                 self._let_go()
         finally:
-            with self.server.drained(self.filter):
-                self.ending.close()
+            wind_up(self.server, self.filter, self.ending)
 
     def _copy(self, job: Job) -> None:
         size = self.active.size
@@ -84,6 +83,7 @@ class _Stream:
                     continue
                 for offset in range(run.start, run.end, PIECE):
                     length = min(PIECE, run.end - offset)
+                    job.progress(offset, size)
                     job.checkpoint(length)
                     self.filter.copy(offset, length)
         job.progress(size, size)

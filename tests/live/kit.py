@@ -24,7 +24,7 @@ from tests.serving import create, qemu_io
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-SOON = 30.0
+SOON = 120.0
 
 
 #: Images that have been made: to make them anew takes longer than most tests.

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
+from nbdserver.layer import Layer
 from nbdserver.live import copying, filters
 from nbdserver.request import Flag, Request, Vector
+from nbdserver.server import Export
 from tests.coherence.pages import Background, Gate, stopped_at
 from tests.live.kit import KIB, MIB, SOON, Live
-from tests.serving import check, content, create, qemu_io
+from tests.serving import BACKENDS, check, content, create, qemu_io
+
+#: What is held in the engine, is held in either.
+BOTH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def backend() -> str:
+    return "auto"
 
 
 @pytest.fixture
@@ -138,6 +149,7 @@ def test_what_is_written_when_the_job_is_ready_is_committed_too(written: Live, c
     assert base_has(written, 3 * MIB, b"late")
 
 
+@BOTH
 def test_the_end_waits_for_a_write_that_is_done_and_not_marked(written: Live) -> None:
     """A write is on the disk, and the job has looked what has been written, before it is marked."""
     client = written.connect()
@@ -199,6 +211,7 @@ def test_a_job_that_is_ready_is_cancelled(written: Live) -> None:
 # -- snapshots -----------------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_a_write_that_runs_when_a_snapshot_is_made_is_in_the_old_image(served: Live) -> None:
     client = served.connect()
     with stopped_at("file.write") as stop:
@@ -213,3 +226,23 @@ def test_a_write_that_runs_when_a_snapshot_is_made_is_in_the_old_image(served: L
     served.stop()
     old = content(served.directory / "top.qcow2")
     assert (old[:9], old[MIB : MIB + 10]) == (b"under way", bytes(10))
+
+
+def test_requests_that_do_not_end_do_not_keep_a_job_from_being_undone(
+    written: Live, copied: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drained section that cannot be had is asked for again: nothing of a job stays behind."""
+    server = written.service.server
+    drained, refusals = server.drained, [TimeoutError("requests have not ended")] * 2
+
+    def refusing(layer: Layer, timeout: float = 60) -> AbstractContextManager[list[Export]]:
+        if refusals:
+            raise refusals.pop()
+        return drained(layer, timeout)
+
+    id = held_in(written, copied, "block-stream")
+    monkeypatch.setattr(server, "drained", refusing)
+    written.job(id).cancel()
+    copied.open()
+    assert written.end(id).error == "the job has been cancelled"
+    assert (written.types, refusals) == ([], [])
