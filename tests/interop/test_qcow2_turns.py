@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import subprocess
 import tempfile
@@ -46,6 +45,9 @@ KINDS = [
 
 #: Snapshots that there are at once.
 SNAPSHOTS_MAX = 3
+
+#: The flags of a socket that listens, in /proc/net/unix: the kernel's __SO_ACCEPTCON.
+ACCEPTS = "00010000"
 
 
 class Game:
@@ -154,19 +156,25 @@ def _qemu_nbd(path: Path) -> Iterator[nbd.NBD]:
     """A client of qemu-nbd, which has ended when the block has."""
     with tempfile.TemporaryDirectory(prefix="nbd-") as directory:
         address = f"{directory}/socket"
-        with subprocess.Popen(["qemu-nbd", "-f", "qcow2", "--discard=unmap", "-k", address, path]) as server:
+        server = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "--discard=unmap", "-k", address, path])
+        try:
+            eventually(lambda: _listens(address))
             handle = nbd.NBD()
-            eventually(lambda: _connects(handle, address))
+            handle.connect_unix(address)
             yield handle
             handle.flush()
             handle.shutdown()
-        assert server.returncode == 0
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+            server.wait()
 
 
-def _connects(handle: nbd.NBD, address: str) -> bool:
-    if os.path.exists(address):
-        handle.connect_unix(address)
-    return bool(handle.aio_is_ready())
+def _listens(address: str) -> bool:
+    """Whether connections are taken there: the socket is there a moment before. None is made, for who makes the first
+    ends the server with it."""
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(words[-1] == address and words[3] == ACCEPTS for words in sockets)
 
 
 @pytest.mark.parametrize("name", KINDS)
