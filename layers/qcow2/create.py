@@ -153,8 +153,6 @@ def _check_encryption(options: Options) -> None:
         return
     if options.encrypt_format == "aes":
         raise ConfigError("found 'aes', which is too weak to be used; allowed is luks", key="encrypt.format")
-    if options.encrypt_key_secret is None:
-        raise ConfigError("missing: the passphrase of the image", key="encrypt.key-secret")
     if options.data_file_raw:
         raise ConfigError("a data file that is an image by itself cannot be encrypted", key="data_file_raw")
     if options.data_file is not None and options.preallocation != "off":
@@ -162,6 +160,8 @@ def _check_encryption(options: Options) -> None:
             "what is preallocated in an encrypted data file, and never written, would be noise", key="preallocation"
         )
     assert options.recipe is not None  # it can be had
+    if options.encrypt_key_secret is None:
+        raise ConfigError("missing: the passphrase of the image", key="encrypt.key-secret")
 
 
 def _check_geometry(options: Options) -> None:

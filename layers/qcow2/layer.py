@@ -387,7 +387,6 @@ class Qcow2(Layer):
         finally:
             if self._writer is not None:
                 self._writer.close()
-                self.reader.storage.close()
 
     # -- what it is -------------------------------------------------------------------------------------------------
 

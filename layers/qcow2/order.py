@@ -237,11 +237,12 @@ class Order:
                 self._turn.notify_all()
 
     def close(self) -> None:
-        """Flush until the file has everything, lowered refcounts too."""
+        """Flush until the file has everything, lowered refcounts too, and ends where it is needed to."""
         self._closing = True
         self.flush()
         while not (self._mapping.is_clean and self._refcounts.is_clean and self._head.is_clean):
             self.flush()
+        self._storage.close()
         if self._lazy is not None:
             self._lazy.clear(INCOMPATIBLE_DIRTY)
 

@@ -28,6 +28,7 @@ from nbdserver.layer import Layer
 from nbdserver.limits import KIB, MIB
 from nbdserver.server import Server
 from nbdserver.testing import NbdServers, ServerProcess, free_port
+from tests.coherence.pages import stopped_at
 from tests.interop.wire import BLOCK_STATUS, FLUSH, IHAVEOPT, OPT_GO, READ, REP_ACK, REQUEST, REQUEST_MAGIC, Wire
 from tests.serving import amount, eventually
 
@@ -104,14 +105,23 @@ def test_a_deep_queue_leaves_the_others_their_turns(nbd_server: NbdServers, disk
         deep.receive(512)
 
 
-def test_requests_that_were_sent_before_the_client_left_are_carried_out(nbd_server: NbdServers, disk: Path) -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["found out by answering", "known before"])
+def test_requests_that_were_sent_before_the_client_left_are_carried_out(
+    nbd_server: NbdServers, disk: Path, known: bool
+) -> None:
     """More than a turn of them."""
     _, uri = nbd_server.start(disk, format="raw", workers=1)
     client = connected(uri)
+    client.request(1, 0, 512, data=bytes(512))
+    assert client.reply() == (0, 0)  # from now on a worker writes
     count = 200
-    for index in range(count):
-        client.request(1, index * 512, 512, data=b"x" * 512)
-    client.close()
+    with stopped_at("worker.write") if not known else contextlib.nullcontext() as stop:
+        with client.together():
+            for index in range(count):
+                client.request(1, index * 512, 512, data=b"x" * 512)
+        if stop is not None:
+            assert stop.wait_reached(20)
+        client.close()
     eventually(lambda: disk.read_bytes()[: count * 512] == b"x" * (count * 512))
 
 
@@ -167,8 +177,9 @@ def test_replies_that_nobody_reads_are_bounded_over_all_connections(nbd_server: 
     for hog in hogs:
         hog.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         hog.go(contexts=["base:allocation"], extended=True)
-        for _ in range(100):
-            hog.ask(BLOCK_STATUS, 0, SIZE)
+        with hog.together():
+            for _ in range(100):
+                hog.ask(BLOCK_STATUS, 0, SIZE)
     other = connected(uri)
     eventually(lambda: server.stats()["reply_memory"] >= bounds.reply_memory)
     most = 0

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from layers.file import File
+from nbdserver.extent import Intent
+from nbdserver.graph import flatten
 from nbdserver.testing import NbdServers
 from tests.coherence.pages import PAGE, Pages
 from tests.interop.wire import READ, Wire
@@ -36,8 +38,9 @@ def test_a_read_of_more_pieces_than_the_completion_queue_holds(
     client = Wire(uri)
     client.go()
     # Have everything mapped first, without reading it.
-    engine_export = server._exports[""].engine_export
-    engine_export.fill(engine_export.sequence, 0, server._exports[""]._extents(0, pages.size))
+    export = server._exports[""]
+    leaves = [export._effects.leaf(leaf) for leaf in flatten(pages, 0, pages.size, Intent.READ)]
+    export.engine_export.fill(export.engine_export.sequence, 0, leaves)
     for start in range(0, pages.size, 8 << 20):
         client.request(READ, start, 8 << 20)
         assert client.reply()[1] == 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nbdserver.uri import parse
 
@@ -35,6 +36,9 @@ CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS_EXT, CHUNK_ERROR = 0, 1, 2, 6, 
 class Wire:
     """A connection at whatever stage its methods have brought it to."""
 
+    #: What is going to be sent in one piece.
+    _gathered: bytearray | None = None
+
     def __init__(self, uri: str, *, source: str = "") -> None:
         """``source``: the address to come from, by TCP."""
         address = parse(uri)
@@ -54,7 +58,20 @@ class Wire:
         return wire
 
     def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
+        if self._gathered is None:
+            self.socket.sendall(data)
+        else:
+            self._gathered += data
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what is sent meanwhile in one piece: many small ones soon fill the buffer of a socket."""
+        self._gathered = bytearray()
+        try:
+            yield
+            self.socket.sendall(self._gathered)
+        finally:
+            self._gathered = None
 
     def receive(self, length: int) -> bytes:
         """Exactly so many bytes. Raises EOFError."""

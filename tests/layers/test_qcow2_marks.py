@@ -74,7 +74,7 @@ def test_the_mark_goes_last(lazy: Path) -> None:
         disk.write(MIB // 2, b"x" * CLUSTER)
         disk.flush()
     (cleared,) = (at for at, operation in enumerate(file.log) if operation.offset == 72 and not operation.data[7])
-    assert [operation.name for operation in file.log[cleared - 1 :]] == ["sync", "write", "sync"]
+    assert [operation.name for operation in file.log[cleared - 2 :]] == ["sync", "resize", "write", "sync"]
 
 
 def test_laziness_is_a_choice(lazy: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
 
 use crate::client::Client;
 use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
@@ -38,6 +39,8 @@ const BULK: usize = 32 << 10;
 const SEND_SOON: usize = 128 << 10;
 /// Receives for one connection before others have their turn.
 const RECEIVES_MAX: usize = 4;
+/// Turns of these in which a client that is gone is heard out: more than its socket can hold.
+const HEARD_OUT_MAX: usize = 1024;
 /// What is begun for one connection before others have their turn: so many requests, and fewer where they are long.
 const TURN: u32 = 64;
 const TURN_BYTES: usize = 32 << 10;
@@ -1287,7 +1290,10 @@ impl Worker {
             let sent = self.send(connection);
             let room = self.has_room(connection);
             match sent {
-                Err(_) => return Err(()),
+                Err(_) => {
+                    self.hear_out(connection);
+                    return Ok(false);
+                }
                 Ok(_) if waits_for_room(connection) && room => self.resume(connection)?,
                 Ok(Sent::All | Sent::Blocked) => break,
             }
@@ -1310,6 +1316,27 @@ impl Worker {
             return Ok(false);
         }
         self.ask(connection)
+    }
+
+    /// Begin what a client has sent that takes no replies any more. Nobody is there to be told if that fails.
+    fn hear_out(&mut self, connection: &mut Connection) {
+        if !matches!(connection.phase, Phase::Transmission(..)) {
+            return;
+        }
+        // From now on a socket that is empty has come to its end.
+        match shutdown(&connection.transport.socket, Shutdown::Read) {
+            Ok(()) | Err(Errno::NOTCONN) => {}
+            Err(_) => return,
+        }
+        connection.left = u32::MAX;
+        if std::mem::take(&mut connection.waits_turn) && self.resume(connection).is_err() {
+            return;
+        }
+        for _ in 0..HEARD_OUT_MAX {
+            if !connection.is_listening() || self.receive(connection).is_err() {
+                return;
+            }
+        }
     }
 
     fn ask(&mut self, connection: &mut Connection) -> Result<bool, ()> {
