@@ -186,8 +186,7 @@ class Writer:
         self._relieve()
         if not self._ahead.least:
             return None
-        with self._lock:
-            self._order.check()
+        self._order.check()
         start, end = self._geometry.span(start, end)
         window = self._ahead.around(start, end, self._geometry.table_span, self._end)
         if window is None:
