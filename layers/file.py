@@ -75,6 +75,10 @@ class File(Layer):
         return self.cache == "writethrough"
 
     @property
+    def in_place(self) -> bool:
+        return True
+
+    @property
     def filename(self) -> str:
         return self.path
 

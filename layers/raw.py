@@ -82,6 +82,10 @@ class Raw(Layer):
         if not 0 <= self.size <= there:
             raise ConfigError(f"found {self.size}, but {there} bytes follow the offset {self.offset}", key="size")
 
+    @property
+    def in_place(self) -> bool:
+        return self.file.in_place
+
     def child_grant(self, role: str, own: Grant) -> Grant:
         # The size of what a window looks at is not the window's to change, and must not change under it.
         return Grant(own.used & ~Permission.RESIZE, own.shared & ~Permission.RESIZE) if self._is_window else own

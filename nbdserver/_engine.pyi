@@ -116,6 +116,8 @@ class Export:
     size: int
     #: Whether every write is a write and a flush; changed in a drained section.
     writethrough: bool
+    #: Whether replies may leave from the page cache (`Layer.in_place`); changed in a drained section.
+    in_place: bool
     @property
     def sequence(self) -> int:
         """How many changes there have been: to be read before resolving, and given to `fill`."""
@@ -376,8 +378,7 @@ class Engine:
         """Take over a descriptor. ``limits``: kept for `File.limits`; what is served without Python is held to their
         ``max_transfer``. ``direct``: O_DIRECT; ``unsafe``: never sync; ``threads``: never the ring."""
 
-    def new_export(self, size: int, read_only: bool, *, writethrough: bool = False) -> Export:
-        """``writethrough``: every write is a write and a flush."""
+    def new_export(self, size: int, read_only: bool) -> Export: ...
     def allocate(self, length: int) -> list[Slot]:
         """Memory for a bounced request; its contents are undefined. OSError ENOMEM when even the reserve is gone."""
 

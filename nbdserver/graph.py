@@ -381,6 +381,10 @@ class Child(Layer):
         return self._layer.writethrough
 
     @property
+    def in_place(self) -> bool:
+        return self._layer.in_place
+
+    @property
     def limits(self) -> BlockLimits:
         return self._layer.limits
 

@@ -274,6 +274,13 @@ class Layer:
         return any(child.writethrough for _, child in self.children() if not child.read_only)
 
     @property
+    def in_place(self) -> bool:
+        """Whether every byte of it is, for as long as it is open, at one place of one file, and that place is never any
+        other byte's, of this disk or of another. Replies may then leave straight from the page cache, after the fact: what
+        a reader gets is what the byte was at some moment before the reply had arrived. By default: no."""
+        return False
+
+    @property
     def limits(self) -> BlockLimits:
         """What the requests that its own code is called with are held to; what is mapped onto a child is held to the
         child's. (``opt_transfer`` is told to clients.)"""

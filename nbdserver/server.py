@@ -186,6 +186,7 @@ class Export:
         self.root = use.layer
         self._effects, self._graph, self._contexts, self._discard = effects, graph, contexts, discard
         self._unsubscribe = graph.subscribe(self.root, engine_export.changed)
+        self._follow()
         #: Is called when it is over and its layers are closed.
         self.after_end: Callable[[], None] = lambda: None
         #: See `offers.Offered`.
@@ -242,8 +243,13 @@ class Export:
         old, self._contexts = self._contexts, self._contexts.renewed(self.root)
         self.info = dataclasses.replace(self.info, contexts=self._contexts.names)
         old.close()
-        self.engine_export.writethrough = self.root.writethrough
+        self._follow()
         self.resized()
+
+    def _follow(self) -> None:
+        """Have the engine know what of the root concerns every request."""
+        self.engine_export.writethrough = self.root.writethrough
+        self.engine_export.in_place = self.root.in_place
 
     def resized(self) -> None:
         """The root has another size, in a drained section: clients learn of it when they connect again."""
@@ -268,7 +274,7 @@ class Export:
         self.root = root
         self._unsubscribe = self._graph.subscribe(root, self.engine_export.changed)
         self.engine_export.changed(0, DISK_MAX)
-        self.engine_export.writethrough = root.writethrough
+        self._follow()
         self.info = dataclasses.replace(
             self.info, preferred_block=preferred_block(root), rotational=is_rotational(root)
         )
@@ -650,7 +656,7 @@ class Server:
                     rotational=is_rotational(layer),
                     contexts=contexts.names,
                 )
-                engine_export = self._engine.new_export(layer.size, read_only, writethrough=layer.writethrough)
+                engine_export = self._engine.new_export(layer.size, read_only)
                 export = Export(
                     name,
                     use,

@@ -17,7 +17,7 @@ from tests.bench.amounts import amounts
 from tests.bench.contest import Contest
 from tests.bench.images import MIB, Images
 from tests.bench.plot import svg
-from tests.bench.report import Compared, Grown, Results, as_json, markdown
+from tests.bench.report import Compared, Grown, Results, as_json, markdown, summary
 from tests.bench.rows import Growth, Row, growths, rows
 
 
@@ -121,7 +121,7 @@ class Bench:
             contest.trial(self.kept)
             ours, *peers = contest.rounds(self.results.rounds)
         self.results.compared.append(Compared(row.name, ours, peers, row.wanted))
-        return None
+        return self._say(f"{row.name}: {summary(self.results.compared[-1])}")
 
     def _grow(self, growth: Growth) -> None:
         with Contest(growth.points, self.directory) as contest:

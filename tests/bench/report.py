@@ -85,6 +85,12 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(row: Compared) -> str:
+    """A row in a line, for who watches."""
+    verdict = "" if row.is_met() else "; not what is wanted"
+    return f"rate {_ratio(row.rate)}, CPU {_ratio(row.cpu)}, over {row.rate.to}{verdict}"
+
+
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

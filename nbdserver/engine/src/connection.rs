@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::client::Client;
 use crate::export::Export;
+use crate::file::File;
 use crate::limits::Held;
 use crate::parts::Split;
 use crate::pool::{Pool, Slot, Ticket};
@@ -28,11 +29,19 @@ const HEAD_MAX: usize = 44;
 
 /// Something to send. `End` marks the end of a reply that held `weight` bytes, and may hold ordinary memory.
 enum Item {
-    Head { bytes: [u8; HEAD_MAX], length: u8 },
+    Head {
+        bytes: [u8; HEAD_MAX],
+        length: u8,
+    },
     Bytes(Vec<u8>),
     Slot(Arc<Slot>, Range<usize>),
+    /// Bytes of a file, which leave from the page cache.
+    Cached(Cached),
     Spilled(Spilled),
-    End { weight: usize, _held: Option<Held> },
+    End {
+        weight: usize,
+        _held: Option<Held>,
+    },
 }
 
 impl Item {
@@ -42,9 +51,25 @@ impl Item {
             Item::Bytes(bytes) => bytes,
             Item::Slot(slot, range) => slot.slice(range.clone()),
             Item::Spilled(spilled) => &spilled.bytes,
-            Item::End { .. } => &[],
+            Item::Cached(_) | Item::End { .. } => &[],
         }
     }
+
+    /// Bytes to send.
+    fn len(&self) -> usize {
+        match self {
+            Item::Cached(cached) => cached.length,
+            item => item.bytes().len(),
+        }
+    }
+}
+
+/// Bytes of a file whose place stays theirs while the file is open, all of them in its page cache when that was last looked
+/// at.
+pub struct Cached {
+    pub file: Arc<File>,
+    pub offset: u64,
+    pub length: usize,
 }
 
 /// Bytes of a reply that had to leave the pool, counted against a bound that all connections share.
@@ -101,7 +126,7 @@ impl Outgoing {
     }
 
     fn push(&mut self, item: Item) {
-        self.length += item.bytes().len();
+        self.length += item.len();
         self.items.push_back(item);
     }
 
@@ -180,6 +205,17 @@ impl Outgoing {
             Ok(Body::Data { vector, .. }) if !chunks => {
                 self.head(|out| wire::simple_reply(out, 0, cookie), scratch);
                 self.data(&vector, 0..vector.len());
+            }
+            Ok(Body::Cached(cached)) => {
+                let (flags, length) = (done_if(is_last), cached.length as u32);
+                self.head(
+                    |out| match chunks {
+                        true => question.data(out, flags, reply.offset, length),
+                        false => wire::simple_reply(out, 0, cookie),
+                    },
+                    scratch,
+                );
+                self.push(Item::Cached(cached));
             }
             Ok(Body::Status(contexts)) => {
                 let last = contexts.len().saturating_sub(1);
@@ -269,34 +305,66 @@ impl Outgoing {
                     Err(errno) => Err(errno),
                 };
             }
-            let slices: Vec<IoSlice<'_>> = self
-                .items
-                .iter()
-                .enumerate()
-                .map(|(index, item)| {
-                    let skip = if index == 0 { self.sent } else { 0 };
-                    IoSlice::new(&item.bytes()[skip..])
-                })
-                .filter(|slice| !slice.is_empty())
-                .take(SLICES_MAX)
-                .collect();
-            match transport.send(&slices) {
-                Ok(sent) => {
-                    self.sent += sent;
-                    self.length -= sent;
-                    self.total += sent as u64;
-                }
+            let sent = match self.items.front() {
+                Some(Item::Cached(cached)) => transport.send_cached(cached, self.sent),
+                _ => self.send_slices(transport),
+            };
+            match sent {
                 Err(Errno::AGAIN) => return Ok(Sent::Blocked),
                 Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno),
+                // The file has become shorter, or cannot be read; or it is the socket, which will say so again.
+                Ok(0) | Err(_) if matches!(self.items.front(), Some(Item::Cached(_))) => {
+                    self.read_cached()?
+                }
+                sent => self.left(sent?),
             }
         }
+    }
+
+    /// Send from memory, up to what leaves from the page cache.
+    fn send_slices(&self, transport: &mut Transport) -> Result<usize, Errno> {
+        let is_cached = |item: &&Item| matches!(item, Item::Cached(_));
+        let slices: Vec<IoSlice<'_>> = self
+            .items
+            .iter()
+            .take_while(|item| !is_cached(item))
+            .enumerate()
+            .map(|(index, item)| {
+                let skip = if index == 0 { self.sent } else { 0 };
+                IoSlice::new(&item.bytes()[skip..])
+            })
+            .filter(|slice| !slice.is_empty())
+            .take(SLICES_MAX)
+            .collect();
+        transport.send(&slices, self.items.iter().any(|item| is_cached(&item)))
+    }
+
+    /// So many bytes more have been taken by the socket.
+    fn left(&mut self, sent: usize) {
+        self.sent += sent;
+        self.length -= sent;
+        self.total += sent as u64;
+    }
+
+    /// Have in memory what cannot leave from the page cache: its header has left already. Err: nor can it be read.
+    fn read_cached(&mut self) -> Result<(), Errno> {
+        let Some(Item::Cached(cached)) = self.items.pop_front() else {
+            unreachable!("the item that was being sent");
+        };
+        let slots = cached.file.memory_for(cached.length)?;
+        let vector = Vector::new(slots);
+        let (offset, range) = (cached.offset, 0..cached.length);
+        cached.file.read(offset, &vector, range.clone())?;
+        for (slot, part) in vector.parts(range).collect::<Vec<_>>().into_iter().rev() {
+            self.items.push_front(Item::Slot(slot.clone(), part));
+        }
+        Ok(())
     }
 
     /// Take away what `sent` covers; `sent` is then within the first item that is left.
     fn drop_sent(&mut self, ended: &mut impl FnMut(usize)) {
         while let Some(item) = self.items.front() {
-            let length = item.bytes().len();
+            let length = item.len();
             if self.sent < length {
                 return;
             }

@@ -296,13 +296,9 @@ impl Engine {
         orderly
     }
 
-    pub fn new_export(&self, size: u64, read_only: bool, writethrough: bool) -> Arc<Export> {
-        Arc::new(Export::new(
-            self.exports.fetch_add(1, Relaxed),
-            size,
-            read_only,
-            writethrough,
-        ))
+    pub fn new_export(&self, size: u64, read_only: bool) -> Arc<Export> {
+        let id = self.exports.fetch_add(1, Relaxed);
+        Arc::new(Export::new(id, size, read_only))
     }
 
     pub fn open_file(

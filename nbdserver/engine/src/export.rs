@@ -41,6 +41,8 @@ pub struct Export {
     pub read_only: bool,
     /// Every write is followed by a flush before it is answered.
     pub writethrough: AtomicBool,
+    /// Each byte stays at one place of a file, which is no other byte's ever: replies may leave from the page cache.
+    pub in_place: AtomicBool,
     pub counters: Counters,
     /// Faults of this export on fault threads now: no export may have them all.
     pub faulting: AtomicUsize,
@@ -68,12 +70,13 @@ pub struct Place {
 }
 
 impl Export {
-    pub fn new(id: u32, size: u64, read_only: bool, writethrough: bool) -> Export {
+    pub fn new(id: u32, size: u64, read_only: bool) -> Export {
         Export {
             id,
             size: AtomicU64::new(size),
             read_only,
-            writethrough: AtomicBool::new(writethrough),
+            writethrough: AtomicBool::new(false),
+            in_place: AtomicBool::new(false),
             counters: Counters::default(),
             faulting: AtomicUsize::new(0),
             cache: RwLock::new(Cache::new(CACHE_ENTRIES_MAX)),
@@ -285,7 +288,7 @@ mod tests {
     const GRANULE: u64 = 1 << 16;
 
     fn export(size: u64) -> Arc<Export> {
-        Arc::new(Export::new(0, size, false, false))
+        Arc::new(Export::new(0, size, false))
     }
 
     #[test]

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fcntl_getfl,
-    fcntl_setfl, fdatasync, fstat, ftruncate, open, seek, statx,
+    fcntl_setfl, fdatasync, fstat, ftruncate, open, seek, sendfile, statx,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
+use crate::cache;
 use crate::direct::{self, Alignment};
 use crate::extents::FileId;
-use crate::pool::Pool;
+use crate::pool::{Pool, Slot};
 use crate::record::{Operation, Recorder, Token};
 use crate::ring::SyncRings;
 use crate::serial::Serial;
@@ -44,6 +45,8 @@ pub struct Counters {
     pub plain: AtomicU64,
     /// Bytes that were copied, because their own memory would not do.
     pub bounced: AtomicU64,
+    /// Bytes that left for clients from the page cache, in no memory of ours.
+    pub sent: AtomicU64,
     pub syncs: AtomicU64,
 }
 
@@ -284,6 +287,39 @@ impl File {
             }
             Err(errno) => Err(errno),
         }
+    }
+
+    /// Whether all of a range is in the page cache, as far as can be told without waiting, and may be sent from there.
+    pub fn is_cached(&self, offset: u64, length: usize) -> bool {
+        if self.direct.is_some() || !self.regular || self.memory || length == 0 {
+            return false;
+        }
+        crate::points::reached("file.is_cached");
+        let last = offset + length as u64 - 1;
+        // Pages that are still being read count among those that are there. They come in order: the last one tells.
+        let arrived = preadv2(
+            &self.fd,
+            &mut [IoSliceMut::new(&mut [0])],
+            last,
+            ReadWriteFlags::NOWAIT,
+        );
+        arrived == Ok(1) && cache::holds(&self.fd, offset, length as u64)
+    }
+
+    /// Have the socket take bytes of the file from the page cache, as many as it can now: 0 at the end of the file, AGAIN
+    /// where it is full. What has left the page cache meanwhile is read, and waited for.
+    pub fn send_to(&self, socket: &OwnedFd, offset: u64, length: usize) -> Result<usize, Errno> {
+        crate::points::reached("file.send_to");
+        let mut position = offset;
+        let sent = sendfile(socket, &self.fd, Some(&mut position), length)?;
+        self.counters.sent.fetch_add(sent as u64, Relaxed);
+        Ok(sent)
+    }
+
+    /// Ordinary memory for so many of its bytes. NOMEM.
+    pub fn memory_for(&self, length: usize) -> Result<Vec<Slot>, Errno> {
+        let slots = self.means.pool.allocate_ordinary(length);
+        slots.ok_or(Errno::NOMEM)
     }
 
     /// Whether a write would rather not be made on a worker: the kernel has been holding up writers of this file, or will.

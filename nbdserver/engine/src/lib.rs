@@ -1,6 +1,7 @@
 //! The engine of nbdserver: it moves bytes. What they mean is decided in Python; this is the only file that knows Python.
 
 mod buddies;
+mod cache;
 mod client;
 mod connection;
 mod direct;
@@ -361,6 +362,7 @@ impl File {
         dict.set_item("fixed", counters.fixed.load(Relaxed))?;
         dict.set_item("plain", counters.plain.load(Relaxed))?;
         dict.set_item("bounce_bytes", counters.bounced.load(Relaxed))?;
+        dict.set_item("sent_bytes", counters.sent.load(Relaxed))?;
         dict.set_item("syncs", counters.syncs.load(Relaxed))?;
         Ok(dict)
     }
@@ -569,6 +571,16 @@ impl Export {
     #[setter]
     fn set_writethrough(&self, writethrough: bool) {
         self.export.writethrough.store(writethrough, Relaxed);
+    }
+
+    #[getter]
+    fn in_place(&self) -> bool {
+        self.export.in_place.load(Relaxed)
+    }
+
+    #[setter]
+    fn set_in_place(&self, in_place: bool) {
+        self.export.in_place.store(in_place, Relaxed);
     }
 
     #[getter]
@@ -1199,9 +1211,8 @@ impl Engine {
         })
     }
 
-    #[pyo3(signature = (size, read_only, *, writethrough=false))]
-    fn new_export(&self, size: u64, read_only: bool, writethrough: bool) -> Export {
-        let export = self.engine.new_export(size, read_only, writethrough);
+    fn new_export(&self, size: u64, read_only: bool) -> Export {
+        let export = self.engine.new_export(size, read_only);
         Export { export }
     }
 

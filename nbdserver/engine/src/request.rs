@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use crate::connection::Cached;
 use crate::export::{Export, Running};
 use crate::limits::Held;
 use crate::parts::Part;
@@ -23,6 +24,8 @@ pub struct Session {
     /// The longest READ or WRITE, and what offsets and lengths must be multiples of.
     pub payload_max: u32,
     pub block_min: u32,
+    /// Whether bytes go to the socket as they are: no TLS.
+    pub plain: bool,
     /// Meta contexts as (identifier, name).
     pub contexts: Vec<(u32, String)>,
 }
@@ -81,6 +84,8 @@ pub enum Body {
         vector: Vector,
         holes: Vec<(usize, usize)>,
     },
+    /// The answer to a read, which leaves from a file's page cache.
+    Cached(Cached),
     /// Block status: per meta context its identifier and (length, flags) runs.
     Status(Vec<(u32, Vec<(u64, u32)>)>),
 }
@@ -148,6 +153,15 @@ impl Request {
         let holes = std::mem::take(&mut self.holes);
         let weight = vector.len();
         let mut reply = self.reply(Ok(Body::Data { vector, holes }));
+        reply.weight = weight;
+        reply
+    }
+
+    /// The reply to a read whose bytes leave from the page cache: it needs its memory no longer.
+    pub fn reply_cached(mut self, cached: Cached) -> Reply {
+        self.vector = Vector::default();
+        let weight = cached.length;
+        let mut reply = self.reply(Ok(Body::Cached(cached)));
         reply.weight = weight;
         reply
     }

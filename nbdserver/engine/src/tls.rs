@@ -24,6 +24,8 @@ use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendFlags, recv, recvmsg, send};
 
+use crate::connection::Cached;
+
 /// The most that one record holds: RFC 8446, "Record Layer".
 const RECORD_MAX: usize = 16 << 10;
 /// What one receive takes in.
@@ -496,16 +498,34 @@ impl Transport {
         }
     }
 
-    /// Send bytes, without waiting; how many of them have been taken. AGAIN: none can be now.
-    pub fn send(&mut self, slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    /// Send bytes, without waiting; how many of them have been taken. AGAIN: none can be now. `more`: others follow, which
+    /// they may leave along with.
+    pub fn send(&mut self, slices: &[IoSlice<'_>], more: bool) -> Result<usize, Errno> {
         match &mut self.tls {
             None => {
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                flags.set(SendFlags::MORE, more);
                 let mut control = rustix::net::SendAncillaryBuffer::default();
                 rustix::net::sendmsg(&self.socket, slices, &mut control, flags)
             }
             Some(tls) => tls.send(&self.socket, slices),
         }
+    }
+
+    /// Send bytes of a file from its page cache, but for the first `skip`; how many the socket has taken. 0: the file ends
+    /// there. AGAIN: none can be taken now. There is no TLS on the way.
+    pub fn send_cached(&mut self, cached: &Cached, skip: usize) -> Result<usize, Errno> {
+        assert!(self.is_plain(), "the bytes of a file, past TLS");
+        cached.file.send_to(
+            &self.socket,
+            cached.offset + skip as u64,
+            cached.length - skip,
+        )
+    }
+
+    /// Whether bytes go to the socket as they are.
+    pub fn is_plain(&self) -> bool {
+        self.tls.is_none()
     }
 
     /// Send what TLS holds back. AGAIN: the socket is full.

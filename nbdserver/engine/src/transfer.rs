@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::connection::Cached;
 use crate::dirty::Log;
 use crate::engine::Engine;
 use crate::export::Place;
@@ -74,6 +75,16 @@ impl Transfer {
             self.advance(done);
         }
         Ok(true)
+    }
+
+    /// The `length` bytes of a whole request, if they are in the page cache and leave as they are.
+    pub fn cached(&self, length: usize) -> Option<Cached> {
+        let whole = self.crypt.is_none() && self.range == (0..length);
+        (whole && self.file.is_cached(self.offset, length)).then(|| Cached {
+            file: self.file.clone(),
+            offset: self.offset,
+            length,
+        })
     }
 
     /// Whether a ring can carry it out: not what direct I/O has to pad, nor a write where something is padded now.

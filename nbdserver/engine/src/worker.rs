@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
 use crate::client::Client;
-use crate::connection::{Connection, Outgoing, Payload, Phase, Sent};
+use crate::connection::{Cached, Connection, Outgoing, Payload, Phase, Sent};
 use crate::engine::Engine;
 use crate::export::{Place, count};
 use crate::extents::FileId;
@@ -39,6 +39,8 @@ const BULK: usize = 32 << 10;
 const SEND_SOON: usize = 128 << 10;
 /// Receives for one connection before others have their turn.
 const RECEIVES_MAX: usize = 4;
+/// Bytes of a reply from which on it costs less to have the kernel send them from the page cache than to copy them.
+const SENDFILE_MIN: usize = 32 << 10;
 /// Turns of these in which a client that is gone is heard out: more than its socket can hold.
 const HEARD_OUT_MAX: usize = 1024;
 /// What is begun for one connection before others have their turn: so many requests, and fewer where they are long.
@@ -337,6 +339,7 @@ impl Worker {
     }
 
     pub fn run(mut self) {
+        ignore_broken_pipes();
         let mut events = Vec::with_capacity(64);
         while !self.finished() {
             events.clear();
@@ -707,6 +710,7 @@ impl Worker {
                     style,
                     payload_max,
                     block_min,
+                    plain: connection.transport.is_plain(),
                     contexts,
                 };
                 connection.phase = Phase::Transmission(Arc::new(session), export);
@@ -1039,6 +1043,10 @@ impl Worker {
         let mut transfers = Vec::new();
         if let Err(errno) = plan(&mut request, &self.engine, 0, places, &mut transfers) {
             return Began::Answered(request.reply(Err(errno.into())));
+        }
+        if let Some(cached) = from_cache(&request, &transfers) {
+            drop(transfers);
+            return Began::Answered(request.reply_cached(cached));
         }
         for index in 0..transfers.len() {
             match transfers[index].read_nowait(&request) {
@@ -1455,6 +1463,28 @@ impl Worker {
             self.put_back(connection);
         }
         self.tidy();
+    }
+}
+
+/// Have no signal end the process because a client has gone while the kernel sent it a file: the call says so as well.
+fn ignore_broken_pipes() {
+    // SAFETY: the set is a value of ours, emptied before it is used; blocking a signal for this thread touches no memory.
+    unsafe {
+        let mut signals = std::mem::zeroed();
+        libc::sigemptyset(&raw mut signals);
+        libc::sigaddset(&raw mut signals, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
+    }
+}
+
+/// What a read can be answered with straight from the page cache: if all of it is there, in one place that stays its own,
+/// and nothing on the way looks at it.
+fn from_cache(request: &Request, transfers: &[Transfer]) -> Option<Cached> {
+    let length = request.vector.len();
+    let may = request.session.plain && request.export.in_place.load(Relaxed);
+    match transfers {
+        [transfer] if may && length >= SENDFILE_MIN => transfer.cached(length),
+        _ => None,
     }
 }
 
