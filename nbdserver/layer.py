@@ -275,9 +275,9 @@ class Layer:
 
     @property
     def in_place(self) -> bool:
-        """Whether every byte of it is, for as long as it is open, at one place of one file, and that place is never any
-        other byte's, of this disk or of another. Replies may then leave straight from the page cache, after the fact: what
-        a reader gets is what the byte was at some moment before the reply had arrived. By default: no."""
+        """Whether every byte of it is, for as long as it is open, at one place of one file, and that place is never
+        any other byte's, of this disk or of another. Replies may then leave straight from the page cache: what reaches
+        a client is what its bytes were at some moment before they reached it. By default: no."""
         return False
 
     @property

@@ -569,3 +569,61 @@ impl Connection {
         self.outgoing.spill(total, max)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{OpenOptions, remove_file, write};
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::file::Means;
+
+    /// What reaches the other end of a reply that is to leave from the page cache of a file, opened so; and how that went.
+    fn sent(name: &str, options: &OpenOptions) -> (Vec<u8>, Result<Sent, Errno>) {
+        let name = format!("nbdserver-cached-{name}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        write(&path, [7; 1000]).unwrap();
+        let descriptor = options.open(&path).unwrap().into();
+        remove_file(&path).unwrap();
+        let means = Means {
+            direct: false,
+            unsafe_: false,
+            threads: true,
+            transfer_max: usize::MAX,
+            pool: Pool::new(1 << 21).unwrap(),
+            rings: None,
+            recorder: None,
+        };
+        let file = Arc::new(File::new(0, descriptor, String::new(), true, means).unwrap());
+        let (here, mut there) = UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        let mut outgoing = Outgoing::default();
+        outgoing.bytes(b"head".to_vec());
+        outgoing.push(Item::Cached(Cached {
+            file,
+            offset: 10,
+            length: 1500,
+        }));
+        let mut transport = Transport::new(here.into());
+        let result = outgoing.send(&mut transport, |_| {});
+        drop(transport);
+        let mut received = Vec::new();
+        there.read_to_end(&mut received).unwrap();
+        (received, result)
+    }
+
+    #[test]
+    fn what_a_file_has_no_more_is_sent_as_zeroes() {
+        let (received, result) = sent("short", OpenOptions::new().read(true));
+        assert!(matches!(result, Ok(Sent::All)));
+        assert_eq!(received, [b"head", &[7; 990][..], &[0; 510]].concat());
+    }
+
+    #[test]
+    fn what_cannot_be_read_after_its_header_has_left_ends_the_connection() {
+        let (received, result) = sent("closed", OpenOptions::new().write(true));
+        assert!(matches!(result, Err(Errno::BADF)));
+        assert_eq!(received, b"head");
+    }
+}

@@ -8,6 +8,8 @@
 //! `NBDSERVER_FUZZ_INPUTS` says how many inputs (a short run by default), `NBDSERVER_SEED` with which seed. A panic names the
 //! input, which the same seed gives again.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::path::Path;
 
 use crate::random::Random;
@@ -16,11 +18,34 @@ use crate::wire::{
     parse_named_contexts, parse_request,
 };
 
+/// Counts what each thread has allocated and not freed.
+struct Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+thread_local! {
+    static HELD: Cell<isize> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does all of it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.set(HELD.get() + layout.size() as isize);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        HELD.set(HELD.get() - layout.size() as isize);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
 const INPUTS: u64 = 100_000;
 /// Longer inputs have nothing more to say.
 const INPUT_MAX: usize = 4096;
-/// What the run may add to the process's memory: nothing is kept from one input to the next.
-const GROWTH_MAX: u64 = 4 << 20;
 const SIZES: [u64; 5] = [0, 1 << 20, (1 << 32) + 1, 1 << 43, (1 << 63) - 1];
 /// Numbers near which lengths and offsets are judged otherwise.
 const EDGES: [u64; 12] = [
@@ -59,22 +84,19 @@ fn whatever_is_sent_is_answered_in_bounds() {
     }
     let mut random = Random(seed);
     let mut requests = 0;
-    let mut before = 0;
-    for input in 0..inputs {
+    let before = HELD.get();
+    for _ in 0..inputs {
         let (style, session) = mutated(&corpus, &mut random);
         requests += session_requests_of(style, &session, &rules(style, &mut random));
-        if input == inputs / 10 {
-            before = resident();
-        }
     }
     assert!(
         requests > inputs / 2,
         "most inputs have requests in them: {requests}"
     );
-    assert!(
-        resident() < before + GROWTH_MAX,
-        "memory grew from {before} to {}",
-        resident()
+    assert_eq!(
+        HELD.get(),
+        before,
+        "nothing is kept from one input to the next"
     );
     println!("{inputs} inputs, {requests} requests");
 }
@@ -316,11 +338,4 @@ fn check_chunks(style: Style, header: &Header, mut out: &[u8]) {
         }
         out = &out[size + length as usize..];
     }
-}
-
-/// Bytes of memory that the process has.
-fn resident() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm").expect("procfs");
-    let resident = pages.split(' ').nth(1).expect("a second field");
-    4096 * resident.parse::<u64>().expect("a number")
 }

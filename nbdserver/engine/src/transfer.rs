@@ -77,13 +77,16 @@ impl Transfer {
         Ok(true)
     }
 
-    /// The `length` bytes of a whole request, if they are in the page cache and leave as they are.
+    /// The `length` bytes of a whole request, if one transfer takes them all, they leave as they are, and are in the page
+    /// cache.
     pub fn cached(&self, length: usize) -> Option<Cached> {
-        let whole = self.crypt.is_none() && self.range == (0..length);
-        (whole && self.file.is_cached(self.offset, length)).then(|| Cached {
-            file: self.file.clone(),
-            offset: self.offset,
-            length,
+        let whole = self.range == (0..length) && self.file.at_once(0..length) == (0..length);
+        (whole && self.crypt.is_none() && self.file.is_cached(self.offset, length)).then(|| {
+            Cached {
+                file: self.file.clone(),
+                offset: self.offset,
+                length,
+            }
         })
     }
 
