@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from nbdserver.errors import ConfigError
 from nbdserver.extent import CODE, NO_LIMITS, BlockLimits, Extent, Intent
+from nbdserver.flags import PASSED_ON
 from nbdserver.format import Compresses
 from nbdserver.graph import bare
 from nbdserver.layer import Buffers, Layer, Opener, finish
@@ -34,9 +35,7 @@ class Compress(Layer):
     file: Layer
 
     is_filter: ClassVar[bool] = True
-    supported_write_flags: ClassVar[Flag] = (
-        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
-    )
+    supported_write_flags: ClassVar[Flag] = PASSED_ON
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="bounces: the format is given it, and beside it pool memory with what else is in its clusters",

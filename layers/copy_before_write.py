@@ -33,6 +33,7 @@ from typing import ClassVar, Final, Literal
 
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent, Size
+from nbdserver.flags import PASSED_ON
 from nbdserver.graph import flatten
 from nbdserver.layer import BASE_ALLOCATION, STATE_ZERO, Buffers, Layer, Opener, finish
 from nbdserver.limits import KIB, MIB
@@ -80,9 +81,7 @@ class CopyBeforeWrite(Layer):
     min_cluster_size: Size = 0
 
     is_filter: ClassVar[bool] = True
-    supported_write_flags: ClassVar[Flag] = (
-        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
-    )
+    supported_write_flags: ClassVar[Flag] = PASSED_ON
     buffers: ClassVar[Buffers] = Buffers(
         read="none: always mapped",
         write="bounces: it is passed on, after old data has been copied through pool memory",

@@ -25,6 +25,7 @@ from typing import ClassVar
 
 from nbdserver.errors import ConfigError, ImageError, RequestError
 from nbdserver.extent import CODE, Extent, Intent
+from nbdserver.flags import PASSED_ON
 from nbdserver.layer import ALLOCATION_DEPTH, Buffers, Layer, Opener, finish
 from nbdserver.permissions import Grant, Permission
 from nbdserver.ranges import RangeLock
@@ -38,9 +39,7 @@ class CopyOnRead(Layer):
 
     is_filter: ClassVar[bool] = True
     supported_read_flags: ClassVar[Flag] = Flag.COPY_ON_READ | Flag.PREFETCH
-    supported_write_flags: ClassVar[Flag] = (
-        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
-    )
+    supported_write_flags: ClassVar[Flag] = PASSED_ON
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: it is filled from below, and written into the image",
         write="keeps: the image is given it",

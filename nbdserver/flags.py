@@ -34,6 +34,9 @@ PERMISSIONS: Final = Flag.MAY_UNMAP | Flag.WRITE_UNCHANGED | Flag.PREFETCH
 #: What is met above a layer that lacks it.
 EMULATED: Final = Flag.FUA | Flag.NO_FALLBACK
 
+#: The write flags of a filter that passes what it writes on to its child as it came.
+PASSED_ON: Final = Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
+
 #: Every flag there is.
 ALL: Final = Flag(sum(Flag))
 

@@ -6,9 +6,9 @@ the file.
 
 from __future__ import annotations
 
-import functools
+import sys
+from array import array
 from collections.abc import Iterator, Sequence
-from operator import or_
 
 from layers.ondisk.qcow2 import COPIED, CRYPT_LUKS, L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from layers.qcow2.bitmap_directory import Directory, places
@@ -82,19 +82,21 @@ class Survey:
             yield what, place // self._storage.cluster_size, 1
 
     def _l2_clusters(self) -> list[int]:
-        """The clusters of the L2 tables, if they all are this disk's alone and can be where they are said to be: of
-        large disks there are 100,000s. Nothing if one has to be looked at by itself."""
-        storage, used = self._storage, list(filter(None, self._mapping.l1_entries))
+        """The clusters of the L2 tables, in order, if they all are this disk's alone and can be where they are said to
+        be: of large disks there are 100,000s. Nothing if one has to be looked at by itself."""
+        storage, entries = self._storage, self._mapping.l1_entries
+        used = array("Q", filter(None, entries)) if entries.count(0) else entries
+        # All of them at once, as the digits of one number.
+        ones, digits = (int.from_bytes(words, sys.byteorder) for words in (array("Q", [1]) * len(used), used))
         unusual = L1_RESERVED | storage.cluster_size - 1
-        if (
-            not used
-            or min(used) <= COPIED
-            or max(used) >= COPIED + storage.size
-            or functools.reduce(or_, used) & unusual
-        ):
+        if digits & ones * (COPIED | unusual) != ones * COPIED:
             return []
-        bits = self._header.geometry.cluster_bits
-        return [(entry ^ COPIED) >> bits for entry in used]
+        # What is shifted out of a digit is zero, and so is what the next one gets of it.
+        places = (digits ^ ones * COPIED) >> self._header.geometry.cluster_bits
+        clusters = sorted(array("Q", places.to_bytes(len(used) * used.itemsize, sys.byteorder)))
+        if not clusters or clusters[0] == 0 or clusters[-1] * storage.cluster_size >= storage.size:
+            return []
+        return clusters
 
     def _l2_tables(self) -> Iterator[tuple[str, int, int]]:
         shared = set()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar, Final
 
 from nbdserver.extent import CODE, DirtyBitmap, Extent, Intent
+from nbdserver.flags import PASSED_ON
 from nbdserver.image.allocation import Run
 from nbdserver.layer import Buffers, Layer, Opener, finish
 from nbdserver.limits import KIB
@@ -99,9 +100,7 @@ class StreamTop(JobFilter):
     #: The active image, and those below it of which it takes in what they hold.
     above: tuple[Layer, ...] = ()
 
-    supported_write_flags: ClassVar[Flag] = (
-        Flag.FUA | Flag.MAY_UNMAP | Flag.NO_FALLBACK | Flag.WRITE_COMPRESSED | Flag.WRITE_UNCHANGED
-    )
+    supported_write_flags: ClassVar[Flag] = PASSED_ON
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: passed on",
         write="keeps: the image is given it",

@@ -474,25 +474,19 @@ impl Worker {
         let Some(mut connection) = self.take_out(token) else {
             return;
         };
-        let gone = flags.intersects(EventFlags::ERR | EventFlags::HUP);
-        // Of who has gone everything is begun that there still is.
-        connection.left = if gone { u32::MAX } else { TURN };
+        if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
+            self.hear_out(&mut connection);
+            return self.close(connection);
+        }
+        connection.left = TURN;
         if std::mem::take(&mut connection.waits_turn) && self.resume(&mut connection).is_err() {
             return self.close(connection);
         }
-        let mut readable = flags.contains(EventFlags::IN);
-        while readable && !connection.deaf && !connection.stalled {
-            if self.receive(&mut connection).is_err() {
-                return self.close(connection);
-            }
-            // Nothing can be answered where both directions are gone, but what was sent before is still done.
-            readable = gone && !matches!(connection.phase, Phase::Deciding);
+        let readable = flags.contains(EventFlags::IN) && connection.is_listening();
+        if readable && self.receive(&mut connection).is_err() {
+            return self.close(connection);
         }
-        if gone {
-            self.close(connection)
-        } else {
-            self.put_back(connection)
-        }
+        self.put_back(connection)
     }
 
     /// Take in what has arrived and begin what is whole. Err: the connection is over.
@@ -1326,7 +1320,8 @@ impl Worker {
         self.ask(connection)
     }
 
-    /// Begin what a client has sent that takes no replies any more. Nobody is there to be told if that fails.
+    /// Begin everything that a client has sent who takes no replies any more: it may have relied on being heard. Nobody is
+    /// there to be told if that fails.
     fn hear_out(&mut self, connection: &mut Connection) {
         if !matches!(connection.phase, Phase::Transmission(..)) {
             return;
