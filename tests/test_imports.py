@@ -15,7 +15,7 @@ ROOT = Path(nbdserver.__path__[0]).parent
 
 #: What layers may import of ``nbdserver``. Of the graph: ``attach``.
 CONTRACT = {"layer", "extent", "request", "graph", "format"}
-CONTRACT |= {"blocks", "flags", "permissions", "errors", "limits", "ranges"}
+CONTRACT |= {"blocks", "copier", "flags", "permissions", "errors", "limits", "ranges"}
 
 #: What may lie inside images of other formats, whose layers so need it.
 EMBEDDED = ("layers.luks",)

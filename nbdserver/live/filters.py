@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Final
 
+from nbdserver.copier import Copier
 from nbdserver.extent import CODE, DirtyBitmap, Extent, Intent
-from nbdserver.flags import PASSED_ON
 from nbdserver.image.allocation import Run
 from nbdserver.layer import Buffers, Layer, Opener, finish
 from nbdserver.limits import KIB
 from nbdserver.live.chain import held
 from nbdserver.permissions import CHANGING, Grant, Permission
-from nbdserver.ranges import RangeLock
 from nbdserver.request import Flag, Request
 
 #: What a bit stands for that says that the guest has written: as QEMU's jobs have it.
@@ -89,30 +86,21 @@ class CommitTop(JobFilter):
 
 
 @dataclasses.dataclass(eq=False)
-class StreamTop(JobFilter):
+class StreamTop(Copier, JobFilter):
     """Copies into the active image what images below it hold: `copy`. Reads of the guest, and what it writes where the
     image has room, stay mapped.
 
-    That no copy goes over a newer write is `copy-on-read`'s doing, and told there: where a copy is about to be, or may
-    be, the guest's writes come here, one by one with copies.
+    Where a copy is about to be, or may be, the guest's writes come here, one by one with copies.
     """
 
     #: The active image, and those below it of which it takes in what they hold.
     above: tuple[Layer, ...] = ()
 
-    supported_write_flags: ClassVar[Flag] = PASSED_ON
     buffers: ClassVar[Buffers] = Buffers(
         read="keeps: passed on",
         write="keeps: the image is given it",
         zero="none: the image zeroes",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        #: Held alone by whoever copies or, by code, writes.
-        self._ranges = RangeLock()
-        self._lock = threading.Lock()
-        self._announced: range | None = None
 
     def child_grant(self, role: str, own: Grant) -> Grant:
         # What somebody wrote past this layer, a copy could go over. (Before it is in use, everybody does.)
@@ -129,7 +117,7 @@ class StreamTop(JobFilter):
             if is_below:
                 yield Extent(end - start, CODE)
             else:
-                yield from self._local(start, end)
+                yield from self.local(start, end)
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """(start, end, whether images below the active one decide it) of the bytes [start, end)."""
@@ -141,27 +129,12 @@ class StreamTop(JobFilter):
         if start < end:
             yield start, end, False
 
-    def _local(self, start: int, end: int) -> Iterator[Extent]:
-        """Bytes that no image below decides: the active image's own, but for what is announced, which is looked at
-        after that."""
-        with self._lock:
-            announced = self._announced or range(0)
-        first, stop = max(announced.start, start), min(announced.stop, end)
-        if first >= stop:
-            yield Extent(end - start, self.file, start, writable=True)
-            return
-        if start < first:
-            yield Extent(first - start, self.file, start, writable=True)
-        yield Extent(stop - first, CODE)
-        if stop < end:
-            yield Extent(end - stop, self.file, stop, writable=True)
-
     # -- copying ----------------------------------------------------------------------------------------------------
 
     def copy(self, offset: int, length: int) -> None:
         """Have the active image hold all of a range that images below it hold. One call at a time. Raises RequestError,
         OSError, ImageError."""
-        with self._ranges.exclusive(offset, length), self._announce(range(offset, offset + length)):
+        with self.copying(offset, length):
             for run in held(self.above, offset, offset + length):
                 if run.depth > 0:
                     self._keep(run)
@@ -174,31 +147,7 @@ class StreamTop(JobFilter):
         finish(self.file.read(Request.read(run.start, vector)))
         finish(self.file.write(Request.write(run.start, vector, Flag.WRITE_UNCHANGED)))
 
-    @contextlib.contextmanager
-    def _announce(self, copied: range) -> Iterator[None]:
-        with self._lock:
-            self._announced = copied
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._announced = None
-            # Who resolved the range meanwhile was told CODE, whatever it is now.
-            self.changed(copied.start, len(copied))
-
     # -- by code ----------------------------------------------------------------------------------------------------
 
     def read(self, request: Request) -> None:
         finish(self.file.read(request))
-
-    def write(self, request: Request) -> None:
-        with self._ranges.exclusive(request.offset, request.length):
-            finish(self.file.write(request))
-
-    def zero(self, request: Request) -> None:
-        with self._ranges.exclusive(request.offset, request.length):
-            finish(self.file.zero(request))
-
-    def trim(self, request: Request) -> None:
-        with self._ranges.exclusive(request.offset, request.length):
-            finish(self.file.trim(request))
