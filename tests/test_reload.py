@@ -521,7 +521,8 @@ def test_sighup_takes_up_the_configuration(nbd_server: NbdServers, tmp_path: Pat
         (tmp_path / f"{letter}.raw").write_bytes(letter.encode() * MIB)
     path = tmp_path / "exports.toml"
     path.write_text(A)
-    server = nbd_server.process(path)
+    # Whoever runs the tests may have had SIGHUP ignored, which servers respect.
+    server = nbd_server.process(path, command=["env", "--default-signal=HUP"])
     path.write_text(A + B)
     os.kill(server.pid, signal.SIGHUP)
     eventually(lambda: "nbdserver: reloaded: added: b; unchanged: 1\n" in server.log)
