@@ -130,15 +130,12 @@ disconnect
         machine.wait_for("done")
 
 
-def test_qemu_nbd_connects(nbd_server: NbdServers, tmp_path: Path) -> None:
-    """Linux's client by way of QEMU's: ``qemu-nbd --connect`` of an NBD URI."""
-    disk = create(tmp_path / "disk.qcow2", "1G")
-    server = nbd_server.process("-f", "qcow2", str(disk), tcp=True)
-    script = f"""{FUNCTIONS}
+#: Linux's client by way of QEMU's, with tools that wait for it.
+QEMU_FUNCTIONS = f"""{FUNCTIONS}
 mkdir -p /var/lock
 has_size() {{ [ "$(cat /sys/block/nbd0/size)" -gt 0 ]; }}
 connect() {{
-    qemu-nbd -f raw -c /dev/nbd0 "$@" || die "connect $*"
+    qemu-nbd -c /dev/nbd0 "$@" || die "connect $*"
     wait_for 20 test -s /sys/block/nbd0/pid
     wait_for 20 has_size
 }}
@@ -146,7 +143,15 @@ disconnect() {{
     qemu-nbd -d /dev/nbd0 >/dev/null || die disconnect
     while [ -e /sys/block/nbd0/pid ]; do sleep 0.1; done
 }}
-cycle ext4 nbd://{vm.HOST}:{parse(server.uri()).port}/disk.qcow2
+"""
+
+
+def test_qemu_nbd_connects(nbd_server: NbdServers, tmp_path: Path) -> None:
+    """``qemu-nbd --connect`` of an NBD URI."""
+    disk = create(tmp_path / "disk.qcow2", "1G")
+    server = nbd_server.process("-f", "qcow2", str(disk), tcp=True)
+    script = f"""{QEMU_FUNCTIONS}
+cycle ext4 -f raw nbd://{vm.HOST}:{parse(server.uri()).port}/disk.qcow2
 """
     tools = ("qemu-nbd", *TOOLS)
     with vm.Machine(tmp_path, script, tools=tools, modules=MODULES) as machine:
@@ -154,6 +159,42 @@ cycle ext4 nbd://{vm.HOST}:{parse(server.uri()).port}/disk.qcow2
     server.terminate()
     run("qemu-img", "check", disk)
     assert used(disk) < 200 << 20, "what was trimmed has been given back"
+
+
+def test_a_server_that_is_restarted_underneath(nbd_server: NbdServers, tmp_path: Path) -> None:
+    """Killed twice while a mounted file system is written to: QEMU's client asks again, and the guest notices nothing.
+    (``nbd-client -persist`` ends instead where the kernel calls a lost connection no error, as Linux 6.1 does.)"""
+    disk = tmp_path / "disk.raw"
+    disk.touch()
+    os.truncate(disk, 1 << 30)
+    server = nbd_server.process("-f", "raw", str(disk), tcp=True)
+    options = f"server.host={vm.HOST},server.port={parse(server.uri()).port},export=disk.raw,reconnect-delay=60"
+    script = f"""{QEMU_FUNCTIONS}
+connect --image-opts driver=nbd,server.type=inet,{options}
+mkfs_of ext4
+mount -t ext4 /dev/nbd0 /mnt || die mount
+for round in 1 2 3; do
+    say round $round
+    fill
+    cold
+    check
+    rm -r /mnt/files /tmp/sums
+done
+fill
+umount /mnt || die umount
+fsck_of ext4
+mount -t ext4 /dev/nbd0 /mnt || die "mount again"
+check
+umount /mnt || die umount
+disconnect
+"""
+    tools = ("qemu-nbd", *TOOLS)
+    with vm.Machine(tmp_path, script, tools=tools, modules=MODULES) as machine:
+        for number in (1, 2):
+            machine.wait_for(f"round {number}")
+            server.kill()
+            server.start()
+        machine.wait_for("done")
 
 
 def test_guest_boots_from_an_export(nbd_server: NbdServers, tmp_path: Path) -> None:
